@@ -1,0 +1,214 @@
+// The browser's half of the chat. htmx keeps the WebSocket open and puts what arrives into the page;
+// this file says who we are, sends what we write until it has been confirmed, and tells the truth
+// about the connection.
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+const chat = $("chat"), log = $("log"), text = $("text"), scroller = $("scroller");
+const link = location.origin + location.pathname;
+
+// One tab is one member: sessionStorage survives a reload and is not shared with other tabs.
+const store = {
+  get: (key) => JSON.parse(sessionStorage.getItem(key + chat.dataset.code)),
+  set: (key, value) => sessionStorage.setItem(key + chat.dataset.code, JSON.stringify(value)),
+};
+
+let connection; // htmx's own: its socket, and when it tries again
+let joined = false; // the server has welcomed us on this connection
+let me = store.get("me"); // {member, token}
+let last = 0; // seq of the newest entry shown
+let unsent = store.get("unsent") || []; // [{id, text}], the oldest first
+let inFlight = null; // id of the one that waits for its echo
+let heard = Date.now(), spoke = Date.now();
+let reason = "";
+let atEnd = true; // the reader is at the end of the log
+const shown = new Set(); // "member id" of all messages shown, for those posted again after a restart
+
+// ── The connection ──
+
+const FINAL = {
+  1000: "You have left this room.",
+  1009: "A message was too large, so the server has ended the connection.",
+  4404: "This room has closed.",
+  4409: "You have opened this chat in another tab, and it goes on there.",
+};
+
+function state(name, sentence = "") {
+  chat.dataset.state = name;
+  $(name === "closed" ? "over" : "status").textContent = sentence;
+}
+
+function dial() {
+  state("connecting", "Connecting…");
+  chat.dispatchEvent(new Event("dial"));
+}
+
+// A socket can be dead without knowing it, after a sleep or in another network. Tell htmx in its
+// stead, and htmx connects again, soon.
+function redial() {
+  if (!connection || chat.dataset.state === "closed") return;
+  clearTimeout(connection.timer);
+  connection.attempt = 0;
+  connection.socket?.dispatchEvent(new CloseEvent("close", { code: 1006 }));
+}
+
+function send(frame) {
+  if (connection?.socket?.readyState !== WebSocket.OPEN) return;
+  connection.socket.send(JSON.stringify(frame));
+  spoke = Date.now();
+}
+
+function hello() {
+  send({ hello: me ? { token: me.token, after: last } : { name: $("name").value } });
+}
+
+chat.addEventListener("htmx:ws:before:connection", (event) => {
+  connection = event.detail.connection;
+  heard = Date.now();
+});
+
+chat.addEventListener("htmx:ws:after:connection", async () => {
+  connection.socket.addEventListener("close", (event) => (reason = event.reason), { capture: true });
+  await connection.receiving; // frames of the old connection first: they move `last`
+  hello();
+});
+
+chat.addEventListener("htmx:ws:before:message:incoming", () => {
+  heard = Date.now();
+  // The server's heartbeat sets the pace of ours, because timers stand still in a hidden tab.
+  if (joined && heard - spoke > 15_000) send({ here: last });
+});
+
+chat.addEventListener("htmx:ws:close", (event) => {
+  const code = event.detail.code;
+  joined = false;
+  inFlight = null;
+  if (connection.config.reconnectCodes.includes(code)) return state("reconnecting", "Connection lost. Reconnecting…");
+  if (code === 1000 || code === 4401 || code === 4404) store.set("me", (me = null));
+  if (code === 4401 || (code === 1008 && !last)) return state("outside");
+  state("closed", FINAL[code] || reason || "The server has ended the connection.");
+});
+
+setInterval(() => {
+  const alive = connection && connection.socket?.readyState !== WebSocket.CLOSED;
+  if (alive && Date.now() - heard > 1500 * chat.dataset.beat) redial();
+}, 5000);
+addEventListener("online", redial);
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden && chat.dataset.state === "reconnecting") redial();
+});
+addEventListener("pagehide", () => send({ bye: true }), { capture: true }); // before htmx closes it
+addEventListener("pageshow", (event) => event.persisted && location.reload());
+
+// ── What arrives ──
+
+function welcome(them) {
+  store.set("me", (me = { member: them.member, token: them.token }));
+  joined = true;
+  state("connected");
+  pump();
+}
+
+function entry(li) {
+  const { seq, from, id } = li.dataset;
+  const name = from + " " + id;
+  const gap = li.className === "gap"; // from here on the server counts anew
+  if (!gap && (seq <= last || shown.has(name))) return li.remove();
+  last = Number(seq);
+  if (from) shown.add(name);
+  if (from && from === me?.member) {
+    li.classList.add("mine");
+    settle(id);
+  }
+  for (const time of li.querySelectorAll("time")) {
+    const when = new Date(time.dateTime);
+    time.textContent = when.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
+    time.title = when.toLocaleString();
+  }
+}
+
+function verdict({ id, verdict }, why) {
+  if (verdict === "confirmed") return settle(id);
+  $("status").textContent = why;
+  if (verdict === "later") return setTimeout(() => ((inFlight = null), pump()), 1000);
+  if (!text.value) text.value = unsent.find((message) => message.id === id)?.text || "";
+  settle(id);
+}
+
+new MutationObserver((records) => {
+  const nodes = records.flatMap((record) => [...record.addedNodes]).filter((node) => node.dataset);
+  for (const node of nodes) {
+    if (node.dataset.token) welcome(node.dataset);
+    else if (node.dataset.verdict) verdict(node.dataset, node.textContent);
+    else if (node.dataset.seq) entry(node);
+  }
+  if (atEnd) scroller.scrollTop = scroller.scrollHeight;
+}).observe(chat, { childList: true, subtree: true });
+
+// ── What we write ──
+
+// One message at a time, the next when the echo of this one has come ("stop and wait"): our messages
+// keep their order whatever the network or the server's limits do to one of them.
+function pump() {
+  if (!joined || inFlight || !unsent.length) return;
+  inFlight = unsent[0].id;
+  send({ say: unsent[0].text, id: inFlight });
+}
+
+function settle(id) {
+  unsent = unsent.filter((message) => message.id !== id);
+  if (inFlight === id) inFlight = null;
+  showUnsent();
+  pump();
+}
+
+function showUnsent() {
+  store.set("unsent", unsent);
+  $("unsent").replaceChildren(
+    ...unsent.map((message) => {
+      const li = $("unsent-entry").content.cloneNode(true);
+      li.querySelector(".text").textContent = message.text;
+      return li;
+    }),
+  );
+}
+
+function say() {
+  if (!text.value.trim() || chat.dataset.state === "closed") return;
+  const id = [...crypto.getRandomValues(new Uint8Array(12))].map((byte) => byte.toString(36)).join("");
+  unsent.push({ id, text: text.value });
+  text.value = "";
+  store.set("draft", "");
+  showUnsent();
+  scroller.scrollTop = scroller.scrollHeight;
+  pump();
+}
+
+$("composer").addEventListener("submit", (event) => (event.preventDefault(), say()));
+scroller.addEventListener("scroll", () => {
+  atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 50;
+});
+text.addEventListener("input", () => store.set("draft", text.value));
+text.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return; // composing: 你好, not a send
+  event.preventDefault();
+  say();
+});
+
+$("join").addEventListener("submit", (event) => {
+  event.preventDefault();
+  $("unusable").textContent = "";
+  if (connection?.socket?.readyState === WebSocket.OPEN) hello();
+  else dial();
+});
+$("leave").addEventListener("click", () => send({ leave: true }));
+$("copy").addEventListener("click", async () => {
+  await navigator.clipboard?.writeText(link);
+  $("status").textContent = "Copied: " + link;
+});
+
+$("presence").open = innerWidth > 700;
+text.value = store.get("draft") || "";
+showUnsent();
+if (me) document.addEventListener("htmx:after:process", dial, { once: true }); // htmx is ready then
+else $("name").focus();
