@@ -288,9 +288,10 @@ def deliver(room: Room, member: Member, frame: str) -> None:
 
 
 def hang_up(outbox: asyncio.Queue, close: Close) -> None:
-    """Have the relay of this outbox end its connection, when it has sent what still fits."""
-    while outbox.full():
-        outbox.get_nowait()
+    """Have the relay of this outbox end its connection, after what waits or, if it is full, at once."""
+    if outbox.full():
+        while not outbox.empty():  # all of it: a hole in the middle would be taken for the whole
+            outbox.get_nowait()
     outbox.put_nowait(close)
 
 

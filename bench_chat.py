@@ -1,0 +1,376 @@
+"""Chaos and load: the proof that nothing is lost, and how much one core carries.
+
+    python bench_chat.py                  # chaos: 500 and more broken connections, then a checker
+    python bench_chat.py chaos --prove    # the checker's own test: it must find planted faults
+    python bench_chat.py load             # the highest rates that a server sustains
+
+Chaos puts a proxy between members and a real server. It knows nothing of WebSockets: it breaks
+bytes, as networks do. The words of the verdict are those of Jepsen's checkers. Exit code 1 means
+that a guarantee does not hold.
+"""
+
+import argparse
+import asyncio
+import base64
+import json
+import os
+import random
+import re
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+HERE = Path(__file__).parent
+FREE = {  # the limits that guard against floods; the rest stays as it is
+    "CHAT_MESSAGE_RATE": "1e9",
+    "CHAT_MESSAGE_BURST": "1e9",
+    "CHAT_FRAME_RATE": "1e9",
+    "CHAT_FRAME_BURST": "1e9",
+    "CHAT_MEMBERS": "2000",
+    "CHAT_SOCKETS": "4000",
+}
+SABOTAGE = {  # what --prove plants, as a program to run instead of chat.py
+    "": "import chat; chat.main()",
+    "without dedupe": "import chat; chat.IDS_REMEMBERED = -(10**9); chat.main()",
+    "without resume": "import chat; enter = chat.enter; chat.enter = lambda room, member, outbox, "
+    "after: enter(room, member, outbox, room.seq if after else 0); chat.main()",
+}
+ENTRY = re.compile(
+    r'<li id="e\d+" class="(\w+)[^>]*? data-seq="(\d+)"(?: data-from="(\w+)" data-id="([\w-]+)")?'
+    r'|<li class="(gap)" data-seq="(\d+)"'
+)
+
+
+RESET = socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)  # makes close send a RST
+
+
+class Closed(Exception):
+    """The connection has ended; has the close code, or 1006 if there was none."""
+
+
+class Server:
+    """A real server on a free port of the loopback, in a process of its own."""
+
+    def __init__(self, program=SABOTAGE[""], core=None, **settings):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program, "--port", "0"],
+            stdout=subprocess.PIPE,
+            cwd=HERE,
+            env=os.environ | FREE | settings,
+        )
+        if core is not None:
+            os.sched_setaffinity(self.process.pid, {core})
+        self.port = int(re.search(rb":(\d+)", self.process.stdout.readline())[1])
+
+    def create_room(self, code: str) -> None:
+        address = f"http://127.0.0.1:{self.port}"
+        urlopen(Request(f"{address}/r/{code}", b"", {"Origin": address})).close()
+
+    def memory(self) -> int:
+        """Return the resident set, in bytes."""
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(6)
+        self.process.stdout.close()
+
+
+class Peer:
+    """A WebSocket client with no more of RFC 6455 than is needed here."""
+
+    lingers: asyncio.Task | None = None
+
+    @classmethod
+    async def connect(cls, port: int, code: str, **options) -> "Peer":
+        peer = cls()
+        peer.reader, peer.writer = await asyncio.open_connection("127.0.0.1", port, **options)
+        key = base64.b64encode(os.urandom(16)).decode()
+        peer.writer.write(
+            f"GET /r/{code}/ws HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+            f"Origin: http://127.0.0.1:{port}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode()
+        )
+        try:
+            head = await peer.reader.readuntil(b"\r\n\r\n")
+        except asyncio.IncompleteReadError:
+            raise Closed(1006) from None
+        if not head.startswith(b"HTTP/1.1 101"):
+            raise Closed(head.split(b"\r\n")[0].decode())
+        return peer
+
+    def send(self, **frame) -> None:
+        self.send_bytes(json.dumps(frame).encode())
+
+    def send_bytes(self, payload: bytes, opcode: int = 0x81) -> None:
+        """Send a frame, masked with zeros: that is allowed, and leaves the payload as it is."""
+        size = len(payload)
+        if size < 126:
+            head = struct.pack("!BB", opcode, 0x80 | size)
+        elif size < 65_536:
+            head = struct.pack("!BBH", opcode, 0xFE, size)
+        else:
+            head = struct.pack("!BBQ", opcode, 0xFF, size)
+        self.writer.write(head + b"\0\0\0\0" + payload)
+
+    async def receive(self) -> str:
+        """Return the next text frame; raise Closed instead when the connection has ended."""
+        try:
+            opcode, size = await self.reader.readexactly(2)
+            if size > 125:
+                width = 2 if size == 126 else 8
+                size = int.from_bytes(await self.reader.readexactly(width))
+            payload = await self.reader.readexactly(size)
+        except (asyncio.IncompleteReadError, OSError):
+            raise Closed(1006) from None
+        if opcode == 0x88:
+            raise Closed(int.from_bytes(payload[:2]), payload[2:].decode())
+        return payload.decode()
+
+    def close(self) -> None:
+        self.writer.transport.abort()
+
+
+# ── Chaos ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Proxy:
+    """Carries bytes between members and the server, and breaks connections in every way."""
+
+    FAULTS = ("reset", "finish", "black hole", "deaf", "mute", "stall")
+
+    def __init__(self, port: int, seed: int):
+        self.target, self.random, self.calm, self.faults = (
+            port,
+            random.Random(seed),
+            False,
+            Counter(),
+        )
+
+    async def start(self) -> int:
+        self.server = await asyncio.start_server(self.carry, "127.0.0.1", 0)
+        return self.server.sockets[0].getsockname()[1]
+
+    async def carry(self, reader, writer) -> None:
+        fault = self.random.choice(self.FAULTS)
+        manner = self.random.choice(("plain", "plain", "sliced", "delayed"))
+        far = socket.create_connection(("127.0.0.1", self.target))
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)  # or the kernel hides a stall
+        far_reader, far_writer = await asyncio.open_connection(sock=far, limit=16_384)
+        dead = set()  # the directions in which bytes vanish
+        pumps = [
+            asyncio.create_task(self.pump(reader, far_writer, manner, dead, "mute")),
+            asyncio.create_task(self.pump(far_reader, writer, manner, dead, "deaf")),
+        ]
+        try:
+            await asyncio.wait(pumps, timeout=self.random.uniform(0.05, 1.5))
+            if self.calm:
+                await asyncio.wait(pumps)
+            self.faults[fault] += 1
+            if fault == "stall":
+                far_writer.transport.pause_reading()
+                await asyncio.wait(pumps, timeout=2.5)
+                far_writer.transport.resume_reading()
+                await asyncio.wait(pumps, timeout=1.5)
+            elif fault in ("black hole", "deaf", "mute"):
+                dead |= {"deaf", "mute"} if fault == "black hole" else {fault}
+                await asyncio.wait(pumps, timeout=3)
+            elif fault == "reset":
+                for end in (writer, far_writer):
+                    if not end.is_closing():
+                        end.get_extra_info("socket").setsockopt(*RESET)
+        except asyncio.CancelledError:
+            pass  # the run is over
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+            writer.close()
+            far_writer.close()
+
+    async def pump(self, reader, writer, manner: str, dead: set, direction: str) -> None:
+        while data := await reader.read(65_536):
+            if manner == "delayed":
+                await asyncio.sleep(self.random.uniform(0, 0.05))
+            while data and direction not in dead:
+                size = self.random.randint(1, 700) if manner == "sliced" else len(data)
+                writer.write(data[:size])
+                await writer.drain()
+                data = data[size:]
+        writer.close()
+
+
+class Member:
+    """Talks, loses its connection again and again, and writes down all that it is shown."""
+
+    def __init__(self, port: int, code: str, name: str, luck: random.Random, messages: int):
+        self.port, self.code, self.name, self.luck = port, code, name, luck
+        self.unsent = [f"{name}-{number}" for number in range(messages)]  # ids, the oldest first
+        self.said, self.log, self.gaps = [], [], 0  # log: (seq, member id, message id)
+        self.id = self.token = self.failure = None
+        self.after, self.reconnects, self.closes = 0, 0, Counter()
+
+    async def live(self) -> None:
+        while True:
+            try:
+                await self.connect()
+            except (Closed, OSError, TimeoutError) as end:
+                self.closes[end.args or ("silent",)] += 1
+                self.reconnects += 1
+            await asyncio.sleep(self.luck.uniform(0, 0.1))
+
+    async def connect(self) -> None:
+        async with asyncio.timeout(2):
+            peer = await Peer.connect(self.port, self.code)
+        talking = None
+        try:
+            if self.token:
+                peer.send(hello={"token": self.token, "after": self.after})
+            else:
+                peer.send(hello={"name": self.name})
+            while True:
+                async with asyncio.timeout(2):  # the server's heart beats faster
+                    self.read(await peer.receive())
+                peer.send(here=self.after)
+                talking = talking or asyncio.create_task(self.talk(peer))
+                if self.luck.random() < 0.002:  # a dead phone, for as long as others can bear
+                    await asyncio.sleep(2)
+                if self.luck.random() < 0.004:
+                    peer.lingers = asyncio.create_task(self.linger(peer))
+                    return  # to connect again: the new connection takes over
+        finally:
+            if talking:
+                talking.cancel()
+            if not peer.lingers:
+                peer.close()
+
+    async def linger(self, peer: Peer) -> None:
+        """Listen on a connection that another one has replaced, until the server has ended it."""
+        try:
+            async with asyncio.timeout(5):
+                while True:
+                    await peer.receive()
+        except (Closed, OSError, TimeoutError) as end:
+            self.closes[end.args or ("silent",)] += 1
+        peer.close()
+
+    async def talk(self, peer: Peer) -> None:
+        """Send what is not confirmed, all of it again on each connection, and then the rest."""
+        for id in list(self.unsent):
+            if id not in self.said:
+                self.said.append(id)
+                await asyncio.sleep(self.luck.expovariate(8))
+            peer.send(say=id + " bla" * self.luck.randint(0, 450), id=id)
+
+    def read(self, frame: str) -> None:
+        if token := re.search('data-member="(.+?)" data-token="(.+?)"', frame):
+            self.id, self.token = token.groups()
+        for kind, seq, sender, id, gap, before in ENTRY.findall(frame):
+            self.after = int(seq or before)
+            self.gaps += bool(gap)
+            self.log.append(gap or (int(seq), sender, id))
+            if sender == self.id and id in self.unsent:
+                self.unsent.remove(id)
+
+
+def check(members: list[Member]) -> Counter:
+    """Compare what the members of one room said with what they were shown."""
+    found = Counter()
+    order = {}  # seq: (member id, message id), as anybody saw it
+    for member in members:
+        for entry in member.log:
+            if entry != "gap" and order.setdefault(entry[0], entry[1:]) != entry[1:]:
+                found["reordered"] += 1
+    posted = [said for seq, said in sorted(order.items()) if said[1]]
+    found["duplicated"] += len(posted) - len(set(posted))
+    found["unexpected"] += len(set(posted) - {(m.id, id) for m in members for id in m.said})
+    for member in members:
+        found["attempted"] += len(member.said)
+        found["acknowledged"] += len([id for id in member.said if id not in member.unsent])
+        mine = [id for sender, id in dict.fromkeys(posted) if sender == member.id]
+        found["lost"] += len(set(member.said) - set(mine))
+        found["reordered"] += mine != [id for id in member.said if id in mine]
+        shown = [entry[0] for entry in member.log if entry != "gap"]
+        found["duplicated"] += len(shown) - len(set(shown))
+        found["reordered"] += shown != sorted(shown)
+        found["lost"] += len([seq for seq in order if seq > shown[0]]) - len(set(shown)) + 1
+        found["gaps"] += member.gaps
+    return found
+
+
+async def chaos(sabotage: str, seed: int, messages: int, breaks: int, rooms=3, size=16) -> Counter:
+    """Let members talk through the proxy until all is said and enough has broken; then check."""
+    settings = {"BEAT": "0.3", "SILENCE": "3", "OUTBOX": "8", "HISTORY": "1e9"}
+    settings |= {"HISTORY_BYTES": "1e9", "SECRET": "chaos"}
+    server = Server(SABOTAGE[sabotage], **{f"CHAT_{name}": settings[name] for name in settings})
+    proxy = Proxy(server.port, seed)
+    port = await proxy.start()
+    codes = [f"CHAS2{digit}" for digit in "23456789"[:rooms]]
+    members = []
+    for code in codes:
+        server.create_room(code)
+        for number in range(size):
+            luck = random.Random(f"{seed} {code} {number}")
+            members.append(Member(port, code, f"{code}-{number}", luck, messages))
+    tasks = [asyncio.create_task(member.live()) for member in members]
+    started = time.monotonic()
+    while not proxy.calm:
+        await asyncio.sleep(0.5)
+        unsaid = sum(len(member.unsent) for member in members)
+        broken = sum(member.reconnects for member in members)
+        seconds = time.monotonic() - started
+        progress(f"{seconds:.0f} s, {broken} reconnects, {unsaid} messages to go")
+        proxy.calm = seconds > 150 or (not unsaid and broken >= breaks)
+    await asyncio.sleep(6)  # longer than any fault lasts
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    server.stop()
+    found = sum((check([m for m in members if m.code == code]) for code in codes), Counter())
+    found["reconnects"] = sum(member.reconnects for member in members)
+    print("\rproxy: " + ", ".join(f"{proxy.faults[fault]} {fault}" for fault in proxy.FAULTS))
+    closes = sum((member.closes for member in members), Counter())
+    for end, count in closes.most_common():
+        print(f"{count:8} × {' '.join(map(str, end))}")
+    return found
+
+
+def progress(text: str) -> None:
+    print(f"\r{text:<60}", end="", flush=True)
+
+
+FAULTS = ("lost", "duplicated", "unexpected", "reordered")
+
+
+def run_chaos(options) -> bool:
+    """Print the verdict; with --prove, that of runs in which there must be faults."""
+    if not options.prove:
+        found = asyncio.run(chaos("", options.seed, options.messages, options.breaks))
+        for word in ("attempted", "acknowledged", *FAULTS, "gaps", "reconnects"):
+            print(f"{word:>14} {found[word]}")
+        return found["attempted"] == found["acknowledged"] and not any(found[f] for f in FAULTS)
+    fine = True
+    for sabotage, fault in {"without dedupe": "duplicated", "without resume": "lost"}.items():
+        found = asyncio.run(chaos(sabotage, options.seed, 40, 100))
+        print(
+            f"{sabotage}: {found[fault]} {fault}, which is {'right' if found[fault] else 'WRONG'}"
+        )
+        fine &= found[fault] > 0
+    return fine
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Chaos and load for chat.py.")
+    commands = parser.add_subparsers()
+    parser.set_defaults(run=run_chaos, seed=1, prove=False, messages=200, breaks=500)
+    command = commands.add_parser("chaos", help="break connections, and check what arrived")
+    command.add_argument("--seed", type=int, default=1)
+    command.add_argument("--prove", action="store_true", help="plant faults, which must be found")
+    options = parser.parse_args()
+    sys.exit(not options.run(options))
