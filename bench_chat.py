@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import base64
 import json
+import logging
 import os
 import random
 import re
@@ -75,6 +76,9 @@ class Server:
         """Return the resident set, in bytes."""
         pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def sockets(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def stop(self) -> None:
         self.process.terminate()
@@ -309,6 +313,7 @@ async def chaos(sabotage: str, seed: int, messages: int, breaks: int, rooms=3, s
     settings = {"BEAT": "0.3", "SILENCE": "3", "OUTBOX": "8", "HISTORY": "1e9"}
     settings |= {"HISTORY_BYTES": "1e9", "SECRET": "chaos"}
     server = Server(SABOTAGE[sabotage], **{f"CHAT_{name}": settings[name] for name in settings})
+    sockets = server.sockets()
     proxy = Proxy(server.port, seed)
     port = await proxy.start()
     codes = [f"CHAS2{digit}" for digit in "23456789"[:rooms]]
@@ -331,8 +336,11 @@ async def chaos(sabotage: str, seed: int, messages: int, breaks: int, rooms=3, s
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.sleep(2)
+    left_over = server.sockets() - sockets
     server.stop()
     found = sum((check([m for m in members if m.code == code]) for code in codes), Counter())
+    found["left over"] = left_over
     found["reconnects"] = sum(member.reconnects for member in members)
     print("\rproxy: " + ", ".join(f"{proxy.faults[fault]} {fault}" for fault in proxy.FAULTS))
     closes = sum((member.closes for member in members), Counter())
@@ -345,7 +353,7 @@ def progress(text: str) -> None:
     print(f"\r{text:<60}", end="", flush=True)
 
 
-FAULTS = ("lost", "duplicated", "unexpected", "reordered")
+FAULTS = ("lost", "duplicated", "unexpected", "reordered", "left over")
 
 
 def run_chaos(options) -> bool:
@@ -373,4 +381,5 @@ if __name__ == "__main__":
     command.add_argument("--seed", type=int, default=1)
     command.add_argument("--prove", action="store_true", help="plant faults, which must be found")
     options = parser.parse_args()
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of writing to what we broke
     sys.exit(not options.run(options))

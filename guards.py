@@ -115,8 +115,17 @@ class Stream(ws_stream.WSStream):
         else:
             await super().app_send(message)
 
+    async def handle(self, event) -> None:
+        if isinstance(event, StreamClosed) and self.app_put:
+            queue = self.app_put.__self__  # nobody need be reading it any more, and whoever
+            while not queue.empty():  # waits for room in it would do so for ever
+                queue.get_nowait()
+        await super().handle(event)
+
     async def _handle_events(self) -> None:
         for event in self.connection.events():
+            if self.closed:
+                return
             part = isinstance(event, Message) and not event.frame_finished
             if not part and not self.frames.take():
                 return await self.drop(CloseConnection(code=1008, reason="Too many frames."))
