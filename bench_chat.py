@@ -17,11 +17,13 @@ import logging
 import os
 import random
 import re
+import signal
 import socket
 import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -34,6 +36,7 @@ FREE = {  # the limits that guard against floods; the rest stays as it is
     "CHAT_FRAME_BURST": "1e9",
     "CHAT_MEMBERS": "2000",
     "CHAT_SOCKETS": "4000",
+    "CHAT_JOIN_DEADLINE": "60",
 }
 SABOTAGE = {  # what --prove plants, as a program to run instead of chat.py
     "": "import chat; chat.main()",
@@ -57,7 +60,8 @@ class Closed(Exception):
 class Server:
     """A real server on a free port of the loopback, in a process of its own."""
 
-    def __init__(self, program=SABOTAGE[""], core=None, **settings):
+    def __init__(self, program=SABOTAGE[""], core=None, end=signal.SIGTERM, **settings):
+        self.end = end
         self.process = subprocess.Popen(
             [sys.executable, "-c", program, "--port", "0"],
             stdout=subprocess.PIPE,
@@ -66,7 +70,8 @@ class Server:
         )
         if core is not None:
             os.sched_setaffinity(self.process.pid, {core})
-        self.port = int(re.search(rb":(\d+)", self.process.stdout.readline())[1])
+        self.banner = self.process.stdout.readline().decode()
+        self.port = int(re.search(r":(\d+)", self.banner)[1])
 
     def create_room(self, code: str) -> None:
         address = f"http://127.0.0.1:{self.port}"
@@ -81,7 +86,7 @@ class Server:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def stop(self) -> None:
-        self.process.terminate()
+        self.process.send_signal(self.end)
         self.process.wait(6)
         self.process.stdout.close()
 
@@ -90,16 +95,23 @@ class Peer:
     """A WebSocket client with no more of RFC 6455 than is needed here."""
 
     lingers: asyncio.Task | None = None
+    inflate = None  # where the server compresses
+    rest = b""
 
     @classmethod
-    async def connect(cls, port: int, code: str, **options) -> "Peer":
+    async def connect(cls, port: int, code: str) -> "Peer":
         peer = cls()
-        peer.reader, peer.writer = await asyncio.open_connection("127.0.0.1", port, **options)
+        near = socket.create_connection(("127.0.0.1", port))
+        near.setsockopt(
+            socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22
+        )  # or bursts meet a closed window
+        peer.reader, peer.writer = await asyncio.open_connection(sock=near)
         key = base64.b64encode(os.urandom(16)).decode()
         peer.writer.write(
             f"GET /r/{code}/ws HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
             f"Origin: http://127.0.0.1:{port}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-            f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode()
+            f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
+            "Sec-WebSocket-Extensions: permessage-deflate\r\n\r\n".encode()  # as browsers do
         )
         try:
             head = await peer.reader.readuntil(b"\r\n\r\n")
@@ -107,6 +119,8 @@ class Peer:
             raise Closed(1006) from None
         if not head.startswith(b"HTTP/1.1 101"):
             raise Closed(head.split(b"\r\n")[0].decode())
+        if b"permessage-deflate" in head:
+            peer.inflate = zlib.decompressobj(-15)
         return peer
 
     def send(self, **frame) -> None:
@@ -136,6 +150,18 @@ class Peer:
         if opcode == 0x88:
             raise Closed(int.from_bytes(payload[:2]), payload[2:].decode())
         return payload.decode()
+
+    async def read(self) -> bytes:
+        """Return what has arrived, undivided and without a look at it, but inflated."""
+        data = await self.reader.read(1 << 20)
+        if not self.inflate:
+            return data
+        data, plain = self.rest + data, []
+        while len(data) > 1 and len(data) >= 2 + data[1]:  # all frames are small
+            plain.append(self.inflate.decompress(data[2 : 2 + data[1]] + b"\0\0\xff\xff"))
+            data = data[2 + data[1] :]
+        self.rest = data
+        return b"".join(plain) or data and b" "
 
     def close(self) -> None:
         self.writer.transport.abort()
@@ -275,6 +301,8 @@ class Member:
     def read(self, frame: str) -> None:
         if token := re.search('data-member="(.+?)" data-token="(.+?)"', frame):
             self.id, self.token = token.groups()
+        if confirmed := re.search('data-id="(.+?)" data-verdict="confirmed"', frame):
+            self.unsent = [id for id in self.unsent if id != confirmed[1]]
         for kind, seq, sender, id, gap, before in ENTRY.findall(frame):
             self.after = int(seq or before)
             self.gaps += bool(gap)
@@ -373,6 +401,163 @@ def run_chaos(options) -> bool:
     return fine
 
 
+# ── Load ─────────────────────────────────────────────────────────────────────────────────────────
+
+TUTORIAL = """
+import asyncio, socket, sys
+from hypercorn.asyncio import serve
+from hypercorn.config import Config
+from quart import Quart, websocket
+app, queues = Quart("tutorial"), set()
+@app.post("/r/<code>")
+async def create(code): return "", 204
+async def sending(queue):
+    while True: await websocket.send(await queue.get())
+@app.websocket("/r/<code>/ws")
+async def talk(code):
+    queue = asyncio.Queue()
+    queues.add(queue)
+    task = asyncio.create_task(sending(queue))
+    try:
+        while True:
+            text = await websocket.receive()
+            for queue in queues: queue.put_nowait(text)
+    finally:
+        task.cancel()
+        queues.discard(queue)
+listener, config = socket.create_server(("127.0.0.1", 0)), Config()
+print("tutorial on http://127.0.0.1:%d" % listener.getsockname()[1], flush=True)
+config.bind, config.loglevel = [f"fd://{listener.detach()}"], "WARNING"
+asyncio.run(serve(app, config))
+"""
+
+
+class Crowd:
+    """Many members of one room. What arrives is counted as bytes: parsing would be the bottleneck."""
+
+    def __init__(self, server: Server, size: int):
+        self.server, self.size, self.code = server, size, "CRWD22"
+        self.peers, self.count, self.latencies, self.dropped = [], 0, [], 0
+
+    async def join(self, at_once: int = 50) -> float:
+        """Have all members join, so many at once; return the seconds that it took."""
+        self.server.create_room(self.code)
+        started, gate = time.perf_counter(), asyncio.Semaphore(at_once)
+        self.peers = await asyncio.gather(
+            *(self.enter(number, gate) for number in range(self.size))
+        )
+        seconds = time.perf_counter() - started
+        self.readers = [asyncio.create_task(self.read(peer)) for peer in self.peers]
+        return seconds
+
+    async def enter(self, number: int, gate: asyncio.Semaphore) -> Peer:
+        async with gate:
+            peer = await Peer.connect(self.server.port, self.code)
+            peer.send(hello={"name": f"member {number}"})
+            if "tutorial" not in self.server.banner:
+                await peer.receive()
+            return peer
+
+    async def read(self, peer: Peer) -> None:
+        while data := await peer.read():
+            self.count += data.count(b"sent@")
+            if (first := data.find(b"sent@")) >= 0:
+                stamp = data[first + 5 : first + 20]
+                if len(stamp) == 15:
+                    self.latencies.append(time.perf_counter_ns() // 1000 - int(stamp))
+        self.dropped += 1
+
+    async def talk(self, rate: float, seconds: float) -> tuple[float, float, bool]:
+        """Say so many messages a second; return p50 and p99 in ms, and whether all has arrived.
+
+        The first 1.5 seconds do not count for the times: TCP opens its windows only with traffic.
+        """
+        self.count, self.latencies, warm = 0, [], False
+        speakers = self.peers[:20]
+        started, said = time.perf_counter(), 0
+        while (now := time.perf_counter() - started) < 1.5 + seconds:
+            if not warm and now > 1.5:
+                self.latencies, warm = [], True
+            while said < now * rate:
+                stamp = f"sent@{time.perf_counter_ns() // 1000:015}"
+                speakers[said % len(speakers)].send(say=stamp, id=f"i{said}-{rate:.0f}")
+                said += 1
+            await asyncio.sleep(0.005)
+        deadline = time.perf_counter() + 3
+        while self.count < said * self.size and time.perf_counter() < deadline:
+            await asyncio.sleep(0.02)
+        times = sorted(self.latencies) or [10**9]
+        p50, p99 = (times[len(times) * part // 100] / 1000 for part in (50, 99))
+        return p50, p99, self.count == said * self.size and not self.dropped
+
+    def leave(self) -> None:
+        for task in self.readers:
+            task.cancel()
+        for peer in self.peers:
+            peer.close()
+
+
+async def highest_rate(program: str, size: int) -> int:
+    """Return the highest rate (messages a second) with nothing lost and p99 under 250 ms."""
+    good, bad, rate = 0, None, 10_000 / size
+    while bad is None or bad > good * 1.15:
+        server = Server(program, core=0, end=signal.SIGKILL)
+        crowd = Crowd(server, size)
+        await crowd.join()
+        await asyncio.sleep(1)
+        _, p99, complete = await crowd.talk(rate, 4)
+        crowd.leave()
+        server.stop()
+        fine = complete and p99 < 250
+        progress(
+            f"{size} members, {rate:.0f} messages a second: p99 {p99:.0f} ms{' ok' if fine else ''}"
+        )
+        if fine:
+            good = rate
+        else:
+            bad = rate
+        rate = good * 2 if bad is None else bad / 2 if not good else (good * bad) ** 0.5
+        if rate < 1:
+            break
+    return round(good)
+
+
+async def load(options) -> None:
+    os.sched_setaffinity(0, {1})  # the server has core 0
+    print(
+        f"{'members':>8} {'chat.py':>10} {'tutorial':>10} {'deliveries':>12} {'p50, p99 at 10/s':>18}"
+    )
+    for size in options.sizes:
+        chat, tutorial = [await highest_rate(program, size) for program in (SABOTAGE[""], TUTORIAL)]
+        server = Server(core=0)
+        crowd = Crowd(server, size)
+        await crowd.join()
+        await asyncio.sleep(1)
+        p50, p99, _ = await crowd.talk(10, 10)
+        crowd.leave()
+        server.stop()
+        progress("")
+        print(
+            f"\r{size:>8} {chat:>8}/s {tutorial:>8}/s {chat * size:>10}/s {p50:>8.1f}, {p99:.1f} ms"
+        )
+    server = Server(core=0)
+    empty = server.memory()
+    crowd = Crowd(server, 1000)
+    seconds = await crowd.join(at_once=1000)
+    await asyncio.sleep(3)
+    print(f"a storm of 1,000 joins: {seconds:.1f} s, {1000 / seconds:.0f} a second")
+    print(
+        f"memory: {empty >> 20} MiB empty, {(server.memory() - empty) / 1000 / 1024:.0f} KiB a member"
+    )
+    crowd.leave()
+    server.stop()
+
+
+def run_load(options) -> bool:
+    asyncio.run(load(options))
+    return True
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Chaos and load for chat.py.")
     commands = parser.add_subparsers()
@@ -380,6 +565,9 @@ if __name__ == "__main__":
     command = commands.add_parser("chaos", help="break connections, and check what arrived")
     command.add_argument("--seed", type=int, default=1)
     command.add_argument("--prove", action="store_true", help="plant faults, which must be found")
+    command = commands.add_parser("load", help="measure what one core carries")
+    command.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 1000])
+    command.set_defaults(run=run_load)
     options = parser.parse_args()
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of writing to what we broke
     sys.exit(not options.run(options))

@@ -63,9 +63,9 @@ limits.from_mapping(
     HISTORY=200,  # entries that a room remembers, as long as they have no more bytes than
     HISTORY_BYTES=262_144,
     OUTBOX=64,  # batches that may wait for a slow member
-    FRAMES_PER_SECOND=8_000,  # to all members of a room together, see flush
+    FRAMES_PER_SECOND=12_000,  # to all members of a room together, see flush
     JOIN_DEADLINE=10,  # seconds to say hello
-    BEAT=20,  # seconds without a frame to a connection before it is sent a heartbeat
+    BEAT=20,  # seconds from one heartbeat to the next
     SILENCE=50,  # seconds without a frame from a connection before it counts as lost
     GRACE_CLOSED=5,  # seconds to come back after closing the page: a reload is no leaving
     GRACE_LOST=120,  # seconds to come back after losing the connection: phones freeze tabs
@@ -237,7 +237,8 @@ def say(room: Room, member: Member, id: str, text: str) -> None:
 def post(room: Room, fragment, **values) -> None:
     """Give an entry the room's next number, render it once for everybody, and have it sent."""
     room.seq += 1
-    entry = str(fragment(seq=room.seq, time=datetime.now(UTC), **values))
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    entry = str(fragment(seq=room.seq, time=now, **values))
     room.history.append((room.seq, entry))
     room.history_bytes += len(entry.encode())
     while len(room.history) > limits["HISTORY"] or room.history_bytes > limits["HISTORY_BYTES"]:
@@ -333,11 +334,7 @@ async def connection(code: str) -> None:
 async def relay(outbox: asyncio.Queue, ws) -> None:
     """Carry frames from the outbox to the socket; those that have piled up go as one."""
     while True:
-        try:
-            async with asyncio.timeout(limits["BEAT"]):
-                frames = [await outbox.get()]
-        except TimeoutError:
-            frames = [fragments.beat()]  # so that a browser can tell an idle room from a dead line
+        frames = [await outbox.get()]
         while not outbox.empty():
             frames.append(outbox.get_nowait())
         close = frames.pop() if isinstance(frames[-1], Close) else None
@@ -357,21 +354,22 @@ async def receive(code: str, outbox: asyncio.Queue, ws) -> None:
         raise Close(1008, "You did not say hello in time.") from None
     grace = limits["GRACE_LOST"]
     try:
-        while True:
-            async with asyncio.timeout(limits["SILENCE"]):
+        async with asyncio.timeout(limits["SILENCE"]) as silence:
+            while True:
                 frame = await next_frame(ws, frames)
-            grace = limits["GRACE_LOST"]
-            match frame:
-                case {"say": str(text), "id": str(id)} if ID.fullmatch(id):
-                    say(room, member, id, text)
-                case {"here": int()}:
-                    pass  # that it came is enough: the silence is over
-                case {"bye": True}:
-                    grace = limits["GRACE_CLOSED"]
-                case {"leave": True}:
-                    raise Close(1000, "You left the room.")
-                case _:
-                    raise Close(1008, "That is not a frame of this chat.")
+                silence.reschedule(asyncio.get_running_loop().time() + limits["SILENCE"])
+                grace = limits["GRACE_LOST"]
+                match frame:
+                    case {"say": str(text), "id": str(id)} if ID.fullmatch(id):
+                        say(room, member, id, text)
+                    case {"here": int()}:
+                        pass  # that it came is enough: the silence is over
+                    case {"bye": True}:
+                        grace = limits["GRACE_CLOSED"]
+                    case {"leave": True}:
+                        raise Close(1000, "You left the room.")
+                    case _:
+                        raise Close(1008, "That is not a frame of this chat.")
     except TimeoutError:
         raise Close(1013, "You were silent for too long. Come back and resume.") from None
     except Close:  # left, or broke a rule: nobody who comes back
@@ -441,7 +439,8 @@ async def next_frame(ws, frames: Allowance) -> dict:
         raise Close(1009, f"A frame has at most {limits['FRAME_BYTES']} bytes.")
     try:
         frame = json.loads(raw)
-        json.dumps(frame, ensure_ascii=False).encode()  # "\ud800" can be read, but never be sent
+        if "\\u" in raw:
+            json.dumps(frame, ensure_ascii=False).encode()  # "\ud800" can be read, but not sent
     except (ValueError, RecursionError):
         raise Close(1008, "A frame has to be JSON.") from None
     if not isinstance(frame, dict) or len(frame.keys() - {"id"}) != 1:
@@ -545,12 +544,27 @@ async def run(listener: socket.socket) -> None:
         for _ in range(20):
             await asyncio.sleep(0.05 if outboxes else 0)
 
+    heart = asyncio.create_task(beat())
     guards.install(app, lambda: Allowance("FRAME"))
     config = Config()
     config.bind = [f"fd://{listener.detach()}"]
     config.websocket_max_message_size = limits["FRAME_BYTES"]
     config.loglevel = "WARNING"
     await serve(app, config, shutdown_trigger=stopped)
+    heart.cancel()
+
+
+async def beat() -> None:
+    """Send everybody a heartbeat, and have one back; who does not answer is silent, see receive.
+
+    It tells a browser an idle room from a dead line. The server sets the pace, because the timers
+    of a hidden tab stand still.
+    """
+    while True:
+        await asyncio.sleep(limits["BEAT"])
+        for outbox in outboxes:
+            if not outbox.full():
+                outbox.put_nowait(fragments.beat())
 
 
 def main() -> None:
@@ -562,7 +576,8 @@ def main() -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError) as why:
-        sys.exit(f"Cannot listen on {host}, port {port}: {getattr(why, 'strerror', why)}.")
+        reason = str(getattr(why, "strerror", why)).split(" (")[0]
+        sys.exit(f"Cannot listen on {host}, port {port}: {reason}.")
     guards.harden(listener)
     address = network_address() if host in ("0.0.0.0", "::") else host
     print(f"Chat is on http://{address}:{listener.getsockname()[1]} (Ctrl-C stops it)", flush=True)

@@ -39,7 +39,7 @@ function state(name, sentence = "") {
 }
 
 function dial() {
-  state("connecting", "Connecting…");
+  state(me ? "connecting" : "outside", "Connecting…");
   chat.dispatchEvent(new Event("dial"));
 }
 
@@ -83,7 +83,8 @@ chat.addEventListener("htmx:ws:close", (event) => {
   const code = event.detail.code;
   joined = false;
   inFlight = null;
-  if (connection.config.reconnectCodes.includes(code)) return state("reconnecting", "Connection lost. Reconnecting…");
+  if (connection.config.reconnectCodes.includes(code)) 
+    return state(me ? "reconnecting" : "outside", "Connection lost. Reconnecting…");
   if (code === 1000 || code === 4401 || code === 4404) store.set("me", (me = null));
   if (code === 4401 || (code === 1008 && !last)) return state("outside");
   state("closed", FINAL[code] || reason || "The server has ended the connection.");

@@ -1,0 +1,1257 @@
+"""The specification of the chat, as tests. Read the names; look inside where one surprises you.
+
+Rules are tried on Quart's test client, which calls the application without a network. What a
+network can do to it is tried on a real server, and the page in a real browser.
+"""
+
+import asyncio
+import errno
+import html
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import Self
+from urllib.request import urlopen
+
+import markupsafe
+import pytest
+from playwright.async_api import async_playwright
+from quart.testing.connections import WebsocketDisconnectError
+
+import bench_chat
+import chat
+
+limits = chat.limits
+
+
+class Actor:
+    """Somebody with a tab: says things and hears things."""
+
+    def __init__(self, code: str):
+        self.code = code
+        self.socket = chat.app.test_client().websocket(f"/r/{code}/ws")
+        self.unread, self.sent = "", 0
+        self.id = self.token = self.name = None
+
+    async def says(self, text: str, id: str | None = None) -> str:
+        self.sent += 1
+        id = id or f"n{self.sent}"
+        await self.does(say=text, id=id)
+        return id
+
+    async def does(self, **frame) -> None:
+        await self.socket.send_json(frame)
+
+    async def hello(self, **hello) -> "Actor":
+        await self.does(hello=hello)
+        welcome = await self.hears("You are <bdi>")
+        self.id, self.token = re.search('data-member="(.+?)" data-token="(.+?)"', welcome).groups()
+        self.name = html.unescape((await self.hears("</bdi>"))[:-6])
+        return self
+
+    async def hears(self, text: str) -> str:
+        """Wait until text arrives; return everything since the last call, up to its end."""
+        while text not in self.unread:
+            async with asyncio.timeout(2):
+                self.unread += await self.socket.receive()
+        end = self.unread.index(text) + len(text)
+        heard, self.unread = self.unread[:end], self.unread[end:]
+        return heard
+
+    async def is_closed(self) -> int:
+        """Wait for the end of the connection; return its close code."""
+        try:
+            async with asyncio.timeout(2):
+                while True:
+                    self.unread += await self.socket.receive()
+        except WebsocketDisconnectError as end:
+            return end.args[0]
+
+    async def loses_connection(self) -> int:
+        """Lose the connection; return the number of the last entry that was heard."""
+        await self.socket.disconnect()
+        await self.socket._task
+        return self.last
+
+    @property
+    def last(self) -> int:
+        return chat.rooms[self.code].seq
+
+
+@pytest.fixture
+async def tab():
+    """Open tabs in the room PARTY2, or another: `await tab()`."""
+    chat.rooms.clear()
+    open_tabs = []
+
+    async def open_tab(code: str = "PARTY2") -> Actor:
+        if code == "PARTY2" and not chat.rooms:
+            chat.open_room(code)
+        actor = Actor(code)
+        open_tabs.append(actor.socket)
+        await actor.socket.__aenter__()
+        return actor
+
+    yield open_tab
+    for opened in open_tabs:
+        await opened.__aexit__(None, None, None)
+    chat.rooms.clear()
+
+
+@pytest.fixture
+async def join(tab):
+    """Let somebody join the room PARTY2: `ann = await join("Ann")`."""
+
+    async def join_as(name: str) -> Actor:
+        actor = await (await tab()).hello(name=name)
+        await actor.hears(f"{markupsafe.escape(actor.name)} joined")
+        return actor
+
+    return join_as
+
+
+@pytest.fixture
+def client():
+    chat.rooms.clear()
+    return chat.app.test_client()
+
+
+# ── Rooms ────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_creating_a_room_leads_to_it(client):
+    page = await (await client.get("/")).get_data(as_text=True)
+    action = re.search(r'action="(/r/[2-9A-HJKMNP-Z]{6})"', page)[1]
+    created = await client.post(action)
+    assert (created.status_code, created.location) == (303, action)
+    assert (await client.get(action)).status_code == 200
+
+
+async def test_every_home_page_offers_another_code(client):
+    pages = [await (await client.get("/")).get_data(as_text=True) for _ in range(5)]
+    assert len({re.search(r"/r/(\w{6})", page)[1] for page in pages}) == 5
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "KWR4TN",
+        "kwr4tn",
+        "kwr 4tn",
+        " KWR-4TN ",
+        "k.w.r.4.t.n",
+        "ＫＷＲ４ＴＮ",
+        "http://x.y/r/KWR4TN/",
+    ],
+)
+async def test_a_code_may_be_typed_in_any_way(client, typed):
+    answer = await client.get("/join", query_string={"code": typed})
+    assert (answer.status_code, answer.location) == (303, "/r/KWR4TN")
+
+
+@pytest.mark.parametrize(
+    "typed", ["", "KWR4T", "KWR4TNN", "KWR4T0", "KWR4T!", "<script>", "ÄÖÜÄÖÜ"]
+)
+async def test_what_is_not_a_code_gets_a_sentence(client, typed):
+    answer = await client.get("/join", query_string={"code": typed})
+    page = await answer.get_data(as_text=True)
+    assert answer.status_code == 400
+    assert "six letters and digits" in page
+    assert "<script>" not in page
+
+
+async def test_a_room_that_nobody_created_gets_a_page_that_says_what_to_do(client):
+    answer = await client.get("/r/KWR4TN")
+    assert answer.status_code == 404
+    assert "create a room" in await answer.get_data(as_text=True)
+    assert not chat.rooms
+
+
+async def test_joining_never_creates_a_room(tab):
+    ann = await tab("KWR4TN")
+    await ann.does(hello={"name": "Ann"})
+    assert await ann.is_closed() == 4404
+    assert not chat.rooms
+
+
+@pytest.mark.parametrize("code", ["kwr4tn", "KWR4T", "KWR4T0", "KWR4TNN", "%00%00%00%00%00%00"])
+async def test_only_a_proper_code_can_be_created(client, code):
+    assert (await client.post(f"/r/{code}")).status_code == 409
+    assert not chat.rooms
+
+
+async def test_a_code_in_use_cannot_be_created_again(client, join):
+    await join("Ann")
+    assert (await client.post("/r/PARTY2")).status_code == 409
+
+
+async def test_the_room_closes_when_the_last_member_leaves(join, client):
+    ann, bob = await join("Ann"), await join("Bob")
+    await ann.does(leave=True)
+    assert await ann.is_closed() == 1000
+    await bob.hears("Ann left")
+    assert "PARTY2" in chat.rooms
+    await bob.does(leave=True)
+    assert await bob.is_closed() == 1000
+    assert not chat.rooms
+    assert (await client.get("/r/PARTY2")).status_code == 404
+
+
+async def test_a_room_that_nobody_enters_closes(client, monkeypatch):
+    monkeypatch.setitem(limits, "UNENTERED", 0.05)
+    await client.post("/r/KWR4TN")
+    assert "KWR4TN" in chat.rooms
+    await asyncio.sleep(0.1)
+    assert not chat.rooms
+
+
+async def test_there_are_only_so_many_rooms(client, monkeypatch):
+    monkeypatch.setitem(limits, "ROOMS", 1)
+    assert (await client.post("/r/KWR4TN")).status_code == 303
+    assert (await client.post("/r/KWR4TM")).status_code == 503
+
+
+async def test_a_message_reaches_everyone_in_its_room_and_nobody_else(tab, join):
+    ann, bob = await join("Ann"), await join("Bob")
+    chat.open_room("OTHER2")
+    eve = await (await tab("OTHER2")).hello(name="Eve")
+    await ann.says("for the party")
+    await ann.hears("for the party")
+    await bob.hears("for the party")
+    await eve.says("fence")
+    assert "party" not in await eve.hears("fence")
+
+
+# ── Presence ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def count(number: int) -> str:
+    return f'hx-target="#count" hx-swap="innerHTML">{number}<'
+
+
+async def test_everybody_sees_how_many_are_here_and_who(join):
+    ann = await join("Ann")
+    await ann.hears(count(1))
+    bob = await join("Bob")
+    assert "Bob joined" in await ann.hears(count(2))
+    await ann.hears("Bob</bdi></li>")
+    await bob.does(leave=True)
+    await ann.hears("Bob left")
+    await ann.hears(count(1))
+
+
+async def test_two_anns_are_told_apart(join):
+    assert (await join("Ann")).name == "Ann"
+    assert (await join("ANN")).name == "ANN 2"
+    assert (await join("Ａｎｎ")).name == "Ann 3"
+    assert (await join("Ann 2")).name == "Ann 2 2"
+
+
+async def test_a_name_is_free_again_after_its_member_has_left(join):
+    ann = await join("Ann")
+    await join("Bob")
+    await ann.does(leave=True)
+    await ann.is_closed()
+    assert (await join("Ann")).name == "Ann"
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("", "give a name"),
+        ("   ", "give a name"),
+        ("\u0301", "give a name"),
+        ("\ufe0f", "give a name"),
+        ("a\u0000b", "cannot be seen"),
+        ("a\nb", "cannot be seen"),
+        ("a\u2028b", "cannot be seen"),
+        ("\u202egnol", "cannot be seen"),
+        ("A\u200dnn", "cannot be seen"),
+        ("\u3164", "cannot be seen"),
+        ("\u2800", "cannot be seen"),
+        ("\ue000", "cannot be seen"),
+        ("a" * 25, "at most 24"),
+        ("ﷺ" * 2, "at most 24"),
+        ("a\u0316\u0317\u0318", "too many marks"),
+    ],
+)
+async def test_an_unusable_name_gets_a_sentence_and_another_try(tab, name, why):
+    ann = await tab()
+    await ann.does(hello={"name": name})
+    await ann.hears("unusable")
+    assert why in await ann.hears("</hx-partial>")
+    await ann.hello(name="Ann")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Ann",
+        "O'Neil",
+        "שרה",
+        "محمد",
+        "สมชาย",
+        "प्रिया",
+        "Nguyễn Thị Ánh",
+        "李雷",
+        "🦊",
+        "👩‍🚀",
+        "❤️",
+        "علی‌رضا",
+    ],
+)
+async def test_names_of_the_world_can_be_used(join, name):
+    assert (await join(name)).name == chat.unicodedata.normalize("NFKC", name)
+
+
+async def test_a_lost_connection_is_not_a_leaving(join, monkeypatch):
+    ann, bob = await join("Ann"), await join("Bob")
+    await bob.loses_connection()
+    await ann.hears("Bob</bdi> (reconnecting)")
+    assert chat.rooms["PARTY2"].members[bob.id].outbox is None
+    await ann.says("fence")
+    assert "Bob left" not in await ann.hears("fence")
+
+
+async def test_who_does_not_come_back_in_time_has_left(join, monkeypatch):
+    monkeypatch.setitem(limits, "GRACE_LOST", 0.05)
+    ann, bob = await join("Ann"), await join("Bob")
+    await bob.loses_connection()
+    await ann.hears("Bob left")
+
+
+async def test_who_closes_the_page_has_left_sooner(join, monkeypatch):
+    monkeypatch.setitem(limits, "GRACE_CLOSED", 0.05)
+    ann, bob = await join("Ann"), await join("Bob")
+    await bob.does(bye=True)
+    await bob.loses_connection()
+    await ann.hears("Bob left")
+
+
+async def test_a_reload_is_no_leaving_even_for_the_only_member(tab, join, monkeypatch):
+    monkeypatch.setitem(limits, "GRACE_CLOSED", 0.2)
+    ann = await join("Ann")
+    await ann.does(bye=True)
+    await ann.loses_connection()
+    again = await (await tab()).hello(token=ann.token, after=0)
+    assert (again.id, again.name) == (ann.id, "Ann")
+    await asyncio.sleep(0.3)
+    await again.says("fence")
+    assert "left" not in await again.hears("fence")
+
+
+async def test_who_says_nothing_is_not_a_ghost(join, monkeypatch):
+    monkeypatch.setitem(limits, "SILENCE", 0.1)
+    ann = await join("Ann")
+    assert await ann.is_closed() == 1013
+
+
+async def test_a_heartbeat_is_enough_to_stay(join, monkeypatch):
+    monkeypatch.setitem(limits, "SILENCE", 0.2)
+    ann = await join("Ann")
+    for _ in range(4):
+        await asyncio.sleep(0.1)
+        await ann.does(here=ann.last)
+    await ann.says("fence")
+    await ann.hears("fence")
+
+
+async def test_who_does_not_say_hello_is_sent_away(tab, monkeypatch):
+    monkeypatch.setitem(limits, "JOIN_DEADLINE", 0.05)
+    assert await (await tab()).is_closed() == 1008
+
+
+async def test_a_room_holds_only_so_many(tab, join, monkeypatch):
+    monkeypatch.setitem(limits, "MEMBERS", 1)
+    await join("Ann")
+    bob = await tab()
+    await bob.does(hello={"name": "Bob"})
+    assert await bob.is_closed() == 4503
+
+
+async def test_the_server_holds_only_so_many(tab, join, monkeypatch):
+    monkeypatch.setitem(limits, "SOCKETS", 1)
+    ann = await join("Ann")
+    assert await (await tab()).is_closed() == 4503
+    await ann.says("fence")
+    await ann.hears("fence")
+
+
+# ── Messages ─────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_message_is_text_whatever_is_in_it(join):
+    ann = await join("Ann <b>")
+    await ann.says('<script>alert("&")</script> <hx-partial hx-target="body">')
+    heard = await ann.hears("body&#34;&gt;")
+    assert "&lt;script&gt;" in heard
+    assert "Ann &lt;b&gt;" in heard
+
+
+async def test_new_lines_are_kept_and_the_edges_trimmed(join):
+    ann = await join("Ann")
+    await ann.says("\n\n  one\r\ntwo\n\n  three\n")
+    await ann.hears(">  one\ntwo\n\n  three</div>")
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("see http://a.example/x.", "http://a.example/x"),
+        ("(https://a.example/?q=1&r=2)", "https://a.example/?q=1&amp;r=2"),
+        ("HTTPS no, https://a.example yes", "https://a.example"),
+    ],
+)
+async def test_links_can_be_clicked(join, text, address):
+    ann = await join("Ann")
+    await ann.says(text)
+    rel = 'target="_blank" rel="noopener noreferrer nofollow"'
+    await ann.hears(f'<a href="{address}" {rel}>{address}</a>')
+
+
+@pytest.mark.parametrize(
+    "text", ["javascript:alert(1)", "data:text/html,x", "http://", "https://."]
+)
+async def test_what_only_looks_like_a_link_cannot(join, text):
+    ann = await join("Ann")
+    await ann.says(text)
+    assert "<a " not in await ann.hears("</div></li>")
+
+
+async def test_code_is_kept_exactly(join):
+    ann = await join("Ann")
+    await ann.says("try `x < y` and\n```\nif x:\n    http://no.link\n```\nend")
+    heard = await ann.hears("end</div>")
+    assert "<code>x &lt; y</code>" in heard
+    assert "<pre><code>if x:\n    http://no.link</code></pre>" in heard
+
+
+async def test_overrides_of_the_writing_direction_are_dropped(join):
+    ann = await join("Ann")
+    await ann.says("a\u202eb\u2066c\u0000d")
+    await ann.hears(">abcd</div>")
+
+
+async def test_the_same_message_sent_twice_is_posted_once(join):
+    ann, bob = await join("Ann"), await join("Bob")
+    await ann.says("only once", id="x1")
+    await ann.says("only once", id="x1")
+    await ann.hears('data-id="x1" data-verdict="confirmed"')
+    await ann.says("fence")
+    assert (await bob.hears("fence")).count("only once") == 1
+
+
+async def test_two_members_may_choose_the_same_id(join):
+    ann, bob = await join("Ann"), await join("Bob")
+    await ann.says("from Ann", id="x1")
+    await bob.says("from Bob", id="x1")
+    await ann.hears("from Ann")
+    await ann.hears("from Bob")
+
+
+async def test_ids_are_remembered_for_long_but_not_for_ever(join, monkeypatch):
+    monkeypatch.setitem(limits, "MESSAGE_BURST", 10_000)
+    monkeypatch.setitem(limits, "FRAME_BURST", 10_000)
+    ann = await join("Ann")
+    for number in range(2_000):
+        await ann.says("x", id=f"n{number}")
+    await ann.says("again", id="n0")
+    await ann.hears('data-id="n0" data-verdict="confirmed"')
+    for number in range(2_000, 2_200):
+        await ann.says("x", id=f"n{number}")
+    await ann.hears('data-id="n2199"')
+    assert len(chat.rooms["PARTY2"].posted) <= chat.IDS_REMEMBERED + 128
+
+
+async def test_all_members_see_the_same_order(join):
+    people = [await join(name) for name in ("Ann", "Bob", "Cy")]
+    for number in range(5):
+        for person in people:
+            await person.says(f"#{number}")
+    orders = []
+    for person in people:
+        heard = ""
+        while len(re.findall("data-id", heard)) < 15:
+            heard += await person.hears("</div></li>")
+        orders.append(re.findall(r'id="e(\d+)" class="message', heard))
+        assert orders[-1] == sorted(orders[-1])
+    assert orders[0] == orders[1] == orders[2]
+
+
+@pytest.mark.parametrize("text", ["", "  \n ", "\u0000", "x" * 2001, "e\u0301" * 2001])
+async def test_an_impossible_message_is_refused_with_a_sentence(join, text):
+    ann = await join("Ann")
+    id = await ann.says(text)
+    await ann.hears(f'data-id="{id}" data-verdict="refused"')
+    await ann.hears("1 to 2000 characters")
+
+
+async def test_a_message_may_be_as_long_as_the_limit(join):
+    ann = await join("Ann")
+    await ann.says("e\u0301" * 2000)  # one character each, after NFC
+    await ann.hears("\u00e9" * 2000)
+
+
+async def test_who_is_too_fast_is_told_and_then_sent_away(join):
+    ann, bob = await join("Ann"), await join("Bob")
+    for number in range(limits["MESSAGE_BURST"] + 1):
+        await ann.says(f"flood {number}")
+    await ann.hears('data-verdict="later"')
+    for number in range(limits["MESSAGE_BURST"]):
+        await ann.says(f"more {number}")
+    assert await ann.is_closed() == 1008
+    assert "flood 9<" in (heard := await bob.hears("Ann left"))
+    assert "flood 10" not in heard
+
+
+async def test_the_refused_message_can_be_sent_later(join, monkeypatch):
+    monkeypatch.setitem(limits, "MESSAGE_BURST", 1)
+    monkeypatch.setitem(limits, "MESSAGE_RATE", 20)
+    ann = await join("Ann")
+    await ann.says("one")
+    id = await ann.says("two")
+    await ann.hears(f'data-id="{id}" data-verdict="later"')
+    await asyncio.sleep(0.1)
+    await ann.says("two", id=id)
+    await ann.hears(">two</div>")
+
+
+# ── Coming back ──────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_late_joiner_sees_what_was_said(tab, join):
+    ann = await join("Ann")
+    await ann.says("before you came")
+    await ann.hears("before you came")
+    bob = await (await tab()).hello(name="Bob")
+    assert "gap" not in await bob.hears("before you came")
+
+
+async def test_who_comes_back_hears_exactly_what_was_missed(tab, join):
+    ann, bob = await join("Ann"), await join("Bob")
+    await ann.says("heard")
+    await bob.hears("heard</div>")
+    after = await bob.loses_connection()
+    for number in range(3):
+        await ann.says(f"missed {number}")
+    await ann.hears("missed 2")
+    again = await (await tab()).hello(token=bob.token, after=after)
+    await ann.says("live")
+    heard = await again.hears("live</div>")
+    assert re.findall(r">(missed \d|heard|live)<", heard) == [
+        "missed 0",
+        "missed 1",
+        "missed 2",
+        "live",
+    ]
+    assert "gap" not in heard
+    assert "joined" not in heard
+    assert again.name == "Bob"
+
+
+async def test_a_snapshot_and_what_is_pending_never_overlap(tab, join):
+    """Entries that are posted, but not flushed yet, are in a newcomer's snapshot, and only there."""
+    ann = await join("Ann")
+    chat.limits["FRAMES_PER_SECOND"] = 5  # the flush rests for long
+    try:
+        await ann.says("first")
+        await ann.says("second")
+        bob = await (await tab()).hello(name="Bob")
+        await bob.says("third")
+        heard = await bob.hears("third</div>")
+        assert re.findall(r">(first|second|third)<", heard) == ["first", "second", "third"]
+    finally:
+        chat.limits["FRAMES_PER_SECOND"] = 12_000
+
+
+async def test_a_hole_in_the_history_is_never_silent(tab, join, monkeypatch):
+    monkeypatch.setitem(limits, "HISTORY", 2)
+    ann, bob = await join("Ann"), await join("Bob")
+    after = await bob.loses_connection()
+    for number in range(3):
+        await ann.says(f"missed {number}")
+    await ann.hears("missed 2")
+    again = await (await tab()).hello(token=bob.token, after=after)
+    heard = await again.hears("missed 2")
+    assert 'class="gap"' in heard
+    assert "missed 0" not in heard
+    assert heard.index("gap") < heard.index("missed 1")
+
+
+async def test_history_is_bounded_by_bytes_too(join, monkeypatch):
+    monkeypatch.setitem(limits, "HISTORY_BYTES", 2_000)
+    ann = await join("Ann")
+    for number in range(8):
+        await ann.says(f"{number} " + "é" * 300)
+    await ann.hears("7 é")
+    room = chat.rooms["PARTY2"]
+    assert sum(len(entry.encode()) for _, entry in room.history) == room.history_bytes <= 2_000
+    assert room.history
+
+
+@pytest.mark.parametrize("after", [1, -5, 10**17, 10**400])
+async def test_a_cursor_from_elsewhere_means_a_gap_and_all_of_the_history(tab, join, after):
+    ann = await join("Ann")
+    await ann.says("hi")
+    await ann.hears("hi</div>")
+    again = await (await tab()).hello(token=ann.token, after=after)
+    assert 'class="gap"' in await again.hears("hi</div>")
+
+
+async def test_a_second_tab_with_the_same_token_takes_over(tab, join):
+    ann = await join("Ann")
+    again = await (await tab()).hello(token=ann.token, after=0)
+    assert await ann.is_closed() == 4409
+    await again.says("still here")
+    assert "left" not in await again.hears("still here")
+    assert len(chat.rooms["PARTY2"].members) == 1
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda t: t[:-1], lambda t: "", lambda t: t[1:] + t[0], lambda t: "é"]
+)
+async def test_a_token_cannot_be_made_up(tab, join, damage):
+    ann = await join("Ann")
+    eve = await tab()
+    await eve.does(hello={"token": damage(ann.token), "after": 0})
+    assert await eve.is_closed() == 4401
+
+
+async def test_a_token_is_for_one_room(tab, join):
+    ann = await join("Ann")
+    chat.open_room("OTHER2")
+    eve = await tab("OTHER2")
+    await eve.does(hello={"token": ann.token, "after": 0})
+    assert await eve.is_closed() == 4401
+
+
+async def test_a_closed_room_stays_closed_for_those_who_were_there(tab, join):
+    ann = await join("Ann")
+    await ann.does(leave=True)
+    await ann.is_closed()
+    chat.open_room("OTHER2")  # so that tab() does not open the room again
+    again = await tab()
+    await again.does(hello={"token": ann.token, "after": 0})
+    assert await again.is_closed() == 4404
+
+
+async def test_after_a_restart_a_token_opens_its_room_again_without_a_word(tab, join, monkeypatch):
+    ann, bob = await join("Ann"), await join("Bob")
+    tokens = ann.token, bob.token
+    after = ann.last
+    for person in (ann, bob):
+        await person.loses_connection()
+    chat.rooms.clear()  # what a restart does
+    monkeypatch.setattr(chat, "RUN", "another")
+    await asyncio.sleep(0.002)
+    ann, bob = [await (await tab("PARTY2")).hello(token=token, after=after) for token in tokens]
+    await ann.says("we go on")
+    for person in (ann, bob):
+        heard = await person.hears("we go on")
+        assert heard.count('class="gap"') == 1
+        assert "joined" not in heard
+    assert (ann.name, bob.name) == ("Ann", "Bob")
+
+
+async def test_who_has_left_and_comes_back_is_announced(tab, join, monkeypatch):
+    monkeypatch.setitem(limits, "GRACE_LOST", 0.01)
+    ann, bob = await join("Ann"), await join("Bob")
+    after = await bob.loses_connection()
+    await ann.hears("Bob left")
+    await (await tab()).hello(token=bob.token, after=after)
+    await ann.hears("Bob joined")
+
+
+# ── Slow consumers ───────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_slow_member_is_evicted_and_can_resume_and_nobody_else_notices(
+    tab, join, monkeypatch
+):
+    ann, bob = await join("Ann"), await join("Bob")
+    slow = chat.rooms["PARTY2"].members[bob.id]
+    await bob.hears(count(2))
+    after = bob.last
+    outbox, slow.outbox = slow.outbox, asyncio.Queue(2)  # one that nobody empties
+    stuck = slow.outbox
+    for number in range(4):
+        await ann.says(f"line {number}")
+        await ann.hears(f"line {number}")
+    assert slow.outbox is None
+    assert [end.args[0] for end in stuck._queue] == [1013]  # what waited is gone, to be resumed
+    chat.hang_up(outbox, chat.Close(1013, ""))
+    again = await (await tab()).hello(token=bob.token, after=after)
+    heard = await again.hears("line 3")
+    assert [f"line {number}" in heard for number in range(3)] == [True] * 3
+
+
+# ── Safety ───────────────────────────────────────────────────────────────────────────────────────
+
+BAD_FRAMES = [
+    "",
+    "hello",
+    "[]",
+    "null",
+    "1",
+    "NaN",
+    '"say"',
+    "{}",
+    '{"shout": 1}',
+    '{"say": "x"}',
+    '{"say": "x", "id": ""}',
+    '{"say": "x", "id": "a b"}',
+    '{"say": "x", "id": 1}',
+    '{"say": 1, "id": "a"}',
+    '{"say": null, "id": "a"}',
+    '{"say": "x", "id": "a", "leave": true}',
+    '{"say": "\\ud800", "id": "a"}',
+    '{"say": "x", "id": "' + "a" * 65 + '"}',
+    '{"here": "x"}',
+    '{"here": 1.5}',
+    '{"here": NaN}',
+    '{"here": ' + "9" * 5000 + "}",
+    '{"bye": 1}',
+    '{"leave": "yes"}',
+    '{"hello": {"name": "again"}}',
+    "[" * 10_000,
+    '{"a":' * 3_000,
+    b"\x00\x01",
+]
+
+
+@pytest.mark.parametrize("frame", BAD_FRAMES, ids=lambda frame: repr(frame)[:30])
+async def test_a_bad_frame_ends_its_connection_and_no_other(join, frame):
+    ann, bob = await join("Ann"), await join("Bob")
+    await ann.socket.send(frame)
+    assert await ann.is_closed() == 1008
+    await bob.hears("Ann left")
+    await bob.says("fence")
+    await bob.hears("fence")
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        *BAD_FRAMES[:10],
+        '{"say": "x", "id": "a"}',
+        '{"hello": "Ann"}',
+        '{"hello": {}}',
+        '{"leave": true}',
+    ]
+    + [
+        '{"hello": {"name": 1}}',
+        '{"hello": {"token": "x"}}',
+        '{"hello": {"token": "x", "after": "1"}}',
+    ],
+)
+async def test_the_first_frame_has_to_be_a_hello(tab, frame):
+    ann = await tab()
+    await ann.socket.send(frame)
+    assert await ann.is_closed() == 1008
+
+
+async def test_a_frame_has_a_size(join):
+    ann = await join("Ann")
+    await ann.says("é" * 10_000)  # 20,000 bytes, although fewer characters than the limit
+    assert await ann.is_closed() == 1009
+
+
+async def test_frames_have_a_rate(join):
+    ann = await join("Ann")
+    for _ in range(limits["FRAME_BURST"] + 1):
+        await ann.does(here=1)
+    assert await ann.is_closed() == 1008
+
+
+async def test_an_error_closes_with_1011_and_is_logged_once(join, monkeypatch, caplog):
+    ann, bob = await join("Ann"), await join("Bob")
+    monkeypatch.setattr(chat, "say", lambda *_: 1 / 0)
+    await ann.says("secret words")
+    assert await ann.is_closed() == 1011
+    assert [record.message for record in caplog.records] == ["A connection failed"]
+    assert "ZeroDivisionError" in caplog.text
+    assert "secret words" not in caplog.text
+    await bob.hears("Ann</bdi> (reconnecting)")
+
+
+async def test_a_public_id_says_nothing_about_the_token(join):
+    ann = await join("Ann")
+    assert ann.id not in chat.URLSafeSerializer("").loads_unsafe(ann.token)[1]
+
+
+async def test_health_is_numbers_only(join, client):
+    chat.open_room("PARTY2")
+    await join("Ann")
+    answer = await (await client.get("/healthz")).get_json()
+    assert answer == {"rooms": 1, "members": 1, "connections": 1}
+
+
+# ── The wire: a real server, real sockets ────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def server():
+    server = bench_chat.Server()
+    server.create_room("PARTY2")
+    yield server
+    server.stop()
+
+
+async def peer(server, name: str, port: int = 0) -> bench_chat.Peer:
+    """Join the room PARTY2 on a real server."""
+    peer = await bench_chat.Peer.connect(port or server.port, "PARTY2")
+    peer.send(hello={"name": name})
+    peer.token = re.search('data-token="(.+?)"', await hears(peer, f"{name} joined"))[1]
+    return peer
+
+
+async def hears(peer: bench_chat.Peer, text: str) -> str:
+    heard = ""
+    async with asyncio.timeout(5):
+        while text not in heard:
+            heard += await peer.receive()
+    return heard
+
+
+async def is_closed(peer: bench_chat.Peer) -> int:
+    with pytest.raises(bench_chat.Closed) as end:
+        await hears(peer, "what nobody says")
+    return end.value.args[0]
+
+
+def health(server) -> dict:
+    with urlopen(f"http://127.0.0.1:{server.port}/healthz") as answer:
+        return json.load(answer)
+
+
+async def test_talk_on_the_wire(server):
+    ann, bob = await peer(server, "Ann"), await peer(server, "Bob")
+    ann.send(say="on the wire é", id="x1")
+    await hears(bob, "on the wire é")
+    ann.close()
+    await hears(bob, "Ann</bdi> (reconnecting)")
+    again = await bench_chat.Peer.connect(server.port, "PARTY2")
+    again.send(hello={"token": ann.token, "after": 0})
+    assert "gap" not in await hears(again, "on the wire é")
+    bob.close()
+    again.close()
+
+
+async def test_large_frames_arrive_whole_in_both_directions(server):
+    ann = await peer(server, "Ann")
+    for number in range(40):
+        ann.send(say="é" * 1900 + f"#{number}", id=f"x{number}")
+    await hears(ann, "#39")
+    again = await bench_chat.Peer.connect(server.port, "PARTY2")
+    again.send(hello={"token": ann.token, "after": 0})
+    assert len(re.findall("é#", await hears(again, "#39"))) == 40  # 150 KB in one frame
+    ann.close()
+    again.close()
+
+
+async def test_compression_is_not_negotiated(server):
+    ann = await peer(server, "Ann")  # Peer offers it, as browsers do
+    assert ann.inflate is None
+    ann.close()
+
+
+async def test_a_ping_is_answered_and_a_flood_of_pings_is_not(server):
+    server.stop()
+    server.__init__(CHAT_FRAME_RATE="10", CHAT_FRAME_BURST="60")
+    server.create_room("PARTY2")
+    ann, bob = await peer(server, "Ann"), await peer(server, "Bob")
+    ann.send_bytes(b"hi", opcode=0x89)
+    assert "hi" in await hears(ann, "hi")  # a pong
+    for _ in range(100):
+        ann.send_bytes(b"", opcode=0x89)
+    assert await is_closed(ann) == 1008
+    bob.send(say="undisturbed", id="x")
+    await hears(bob, "undisturbed")
+    bob.close()
+
+
+async def test_a_frame_over_the_limit_is_not_even_buffered(server):
+    ann = await peer(server, "Ann")
+    before = server.memory()
+    with pytest.raises((bench_chat.Closed, ConnectionError)) as end:
+        for _ in range(3):
+            ann.send_bytes(b"x" * 20_000_000)
+            await ann.writer.drain()
+        await hears(ann, "what nobody says")
+    assert end.value.args[0] in (1009, 1006, errno.ECONNRESET, errno.EPIPE, "Connection lost")
+    assert server.memory() - before < 10_000_000
+    ann.close()
+
+
+async def test_a_reader_that_never_reads_is_gone_in_25_seconds_and_nobody_waits_for_it(server):
+    ann, bob, dead = [await peer(server, name) for name in ("Ann", "Bob", "Dead")]
+    dead.writer.transport.pause_reading()
+    started, slowest = time.monotonic(), 0
+    while health(server)["connections"] == 3 and time.monotonic() - started < 25:
+        said = time.monotonic()
+        for number in range(300):
+            ann.send(say="x" * 2000, id=f"{said:.3f}-{number}".replace(".", "_"))
+        ann.send(say="end", id=f"{said:.3f}".replace(".", "_"))
+        await asyncio.gather(hears(ann, ">end<"), hears(bob, ">end<"))
+        slowest = max(slowest, time.monotonic() - said)
+        await asyncio.sleep(0.1)
+    assert health(server)["connections"] == 2
+    assert slowest < 2
+    for each in (ann, bob, dead):
+        each.close()
+
+
+async def test_after_many_joins_and_leaves_the_server_is_where_it_was(server):
+    async def come_and_go(times: int) -> None:
+        for _ in range(times):
+            visitor = await peer(server, "Visitor")
+            visitor.send(leave=True)
+            assert await is_closed(visitor) == 1000
+            visitor.close()
+
+    ann = await peer(server, "Ann")  # keeps the room
+    listening = asyncio.create_task(is_closed(ann))
+    await come_and_go(500)
+    before, sockets = server.memory(), server.sockets()
+    await come_and_go(1000)
+    assert server.memory() - before < 2_000_000
+    assert server.sockets() <= sockets
+    assert health(server)["members"] == 1
+    listening.cancel()
+    ann.close()
+
+
+async def test_a_short_chaos_run_loses_nothing():
+    found = await bench_chat.chaos("", seed=7, messages=20, breaks=60, rooms=2, size=8)
+    assert found["attempted"] == found["acknowledged"] == 320
+    assert {fault: found[fault] for fault in bench_chat.FAULTS} == dict.fromkeys(
+        bench_chat.FAULTS, 0
+    )
+
+
+# ── Start and stop ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_it_stops_at_once_with_a_hundred_open_sockets_and_says_why(server, number):
+    people = [await peer(server, f"member {n}") for n in range(100)]
+    started = time.monotonic()
+    server.process.send_signal(number)
+    assert [await is_closed(each) for each in people] == [1012] * 100
+    assert await asyncio.to_thread(server.process.wait, 5) == 0
+    assert time.monotonic() - started < 2
+    for each in people:
+        each.close()
+
+
+async def test_it_stops_whatever_a_peer_does(server):
+    ann, dead = await peer(server, "Ann"), await peer(server, "Dead")
+    dead.writer.transport.pause_reading()
+    for number in range(2500):
+        ann.send(say="x" * 2000, id=f"x{number}")
+    await hears(ann, 'data-id="x2499"')
+    started = time.monotonic()
+    server.process.terminate()
+    assert await asyncio.to_thread(server.process.wait, 6) == 0
+    assert time.monotonic() - started < 5
+    ann.close()
+    dead.close()
+
+
+def program(*arguments: str, code: str = "import chat; chat.main()") -> tuple[int, str]:
+    """Run the program; return its exit code and what it says on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+async def test_a_port_in_use_is_one_sentence(server):
+    code, said = program("--port", str(server.port))
+    assert code == 1
+    assert said == f"Cannot listen on 127.0.0.1, port {server.port}: Address already in use.\n"
+
+
+@pytest.mark.parametrize("arguments", [["--port", "99999"], ["--host", "256.1.1.1"]])
+async def test_an_address_that_cannot_be_is_one_sentence(arguments):
+    code, said = program(*arguments)
+    assert code == 1
+    assert said.startswith("Cannot listen on")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--prot", "1"], ["--port", "http"], ["room"]])
+async def test_a_wrong_option_is_explained(arguments):
+    code, said = program(*arguments)
+    assert code == 2
+    assert "Traceback" not in said
+
+
+async def test_a_missing_package_is_one_sentence():
+    code, said = program(code="import sys; sys.modules['quart'] = None; import chat")
+    assert code == 1
+    assert said == "The package quart is missing. Install it: pip install -r requirements.txt\n"
+
+
+# ── The page: a real browser ─────────────────────────────────────────────────────────────────────
+
+
+class Line:
+    """A telephone line between browser and server, which can be cut, or go silent."""
+
+    def __init__(self, server):
+        self.server, self.writers, self.up, self.silent = server, set(), True, False
+
+    async def __aenter__(self) -> Self:
+        self.listener = await asyncio.start_server(self.carry, "127.0.0.1", 0)
+        self.port = self.listener.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        self.listener.close()
+        self.cut()
+
+    async def carry(self, reader, writer) -> None:
+        if not self.up:
+            return writer.transport.abort()
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.server.port)
+        self.writers |= {writer, far_writer}
+        await asyncio.gather(self.pump(reader, far_writer), self.pump(far_reader, writer))
+
+    async def pump(self, reader, writer) -> None:
+        try:
+            while data := await reader.read(65_536):
+                if not self.silent:
+                    writer.write(data)
+        except OSError:
+            pass
+        self.writers.discard(writer)
+        writer.close()
+
+    def cut(self, up: bool = True) -> None:
+        """Cut all connections, and let new ones through only if it is up."""
+        self.up = up
+        for writer in self.writers:
+            writer.transport.abort()
+
+
+@pytest.fixture
+async def browser():
+    chromium = shutil.which("chromium")
+    if not chromium:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(
+            "no chromium: the page is not tested"
+        )
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=chromium)
+        yield browser
+        await browser.close()
+
+
+async def open_tab(browser, port: int, path: str = "/"):
+    """Open a page in a browser of its own, which fails the test on any error in its console."""
+    page = await (await browser.new_context()).new_page()
+    page.set_default_timeout(8000)
+    page.errors = []
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.on(
+        "console", lambda line: "Content Security" in line.text and page.errors.append(line.text)
+    )
+    await page.goto(f"http://127.0.0.1:{port}{path}")
+    return page
+
+
+async def enters(page, name: str):
+    await page.fill("#name", name)
+    await page.press("#name", "Enter")
+    await page.wait_for_selector("[data-state=connected]")
+    return page
+
+
+async def writes(page, text: str) -> None:
+    await page.fill("#text", text)
+    await page.press("#text", "Enter")
+
+
+async def shows(page, text: str, where: str = "#log") -> None:
+    await page.locator(where).get_by_text(text).first.wait_for()
+
+
+async def messages(page) -> list[str]:
+    return await page.locator("#log .text").all_inner_texts()
+
+
+async def test_two_people_meet_and_talk(browser, server):
+    ann = await open_tab(browser, server.port)
+    await ann.click("text=Create a room >> visible=true >> nth=-1")
+    code = await ann.inner_text(".code")
+    assert ann.url.endswith(f"/r/{code}")
+    await enters(ann, "Ann")
+    bob = await open_tab(browser, server.port)
+    await bob.fill("#code", f"{code[:3]} {code[3:]}".lower())
+    await bob.press("#code", "Enter")
+    await enters(bob, "Bob")
+    await shows(ann, "Bob joined")
+    assert await ann.inner_text("#count") == await bob.inner_text("#count") == "2"
+    await writes(ann, "hi Bob\nsee https://a.example")
+    await shows(bob, "hi Bob")
+    await writes(bob, "<b>hi</b> Ann")
+    await shows(ann, "<b>hi</b> Ann")
+    assert (
+        await messages(ann)
+        == await messages(bob)
+        == ["hi Bob\nsee https://a.example", "<b>hi</b> Ann"]
+    )
+    assert await ann.locator("#log .mine").count() == 1
+    assert await ann.locator("#unsent li").count() == 0
+    await bob.click("#leave")
+    await shows(bob, "You have left this room", "#over")
+    await shows(ann, "Bob left")
+    assert await ann.inner_text("#count") == "1"
+    assert ann.errors == bob.errors == []
+
+
+async def test_an_unusable_name_is_explained_and_can_be_changed(browser, server):
+    ann = await open_tab(browser, server.port, "/r/PARTY2")
+    await ann.fill("#name", "x" * 30)
+    await ann.press("#name", "Enter")
+    await shows(ann, "at most 24", "#unusable")
+    await enters(ann, "Ann")
+
+
+async def test_messages_written_while_the_line_is_down_arrive_once_and_in_order(browser, server):
+    async with Line(server) as line:
+        ann = await enters(await open_tab(browser, line.port, "/r/PARTY2"), "Ann")
+        bob = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Bob")
+        await writes(ann, "one")
+        await shows(bob, "one")
+        line.cut(up=False)
+        await ann.wait_for_selector("[data-state=reconnecting]")
+        for text in ("two", "three", "four"):
+            await writes(ann, text)
+        assert await ann.locator("#unsent li").count() == 3  # visible, and visibly not sent
+        await writes(bob, "meanwhile")
+        await shows(bob, "Ann (reconnecting)", "#people")
+        line.cut(up=True)
+        await ann.evaluate("dispatchEvent(new Event('online'))")
+        await shows(bob, "four")
+        await shows(ann, "four")
+        assert await messages(bob) == ["one", "meanwhile", "two", "three", "four"]
+        assert await messages(ann) == await messages(bob)
+        assert await ann.locator("#unsent li").count() == 0
+        assert "left" not in await bob.inner_text("#log")
+
+
+async def test_a_connection_that_breaks_again_and_again_loses_nothing(browser, server):
+    async with Line(server) as line:
+        ann = await enters(await open_tab(browser, line.port, "/r/PARTY2"), "Ann")
+        bob = await enters(await open_tab(browser, line.port, "/r/PARTY2"), "Bob")
+        for number in range(20):
+            await writes(ann, f"message {number}")
+            if number % 4 == 0:
+                line.cut()
+        await shows(bob, "message 19")
+        await shows(ann, "message 19")
+        assert await messages(ann) == await messages(bob) == [f"message {n}" for n in range(20)]
+
+
+async def test_a_server_that_has_gone_silent_is_noticed(browser, server):
+    server.stop()
+    server.__init__(CHAT_BEAT="1")
+    server.create_room("PARTY2")
+    async with Line(server) as line:
+        ann = await enters(await open_tab(browser, line.port, "/r/PARTY2"), "Ann")
+        line.silent = True
+        await ann.wait_for_selector("[data-state=reconnecting]", timeout=12_000)
+        line.silent = False
+        await ann.wait_for_selector("[data-state=connected]", timeout=12_000)
+
+
+async def test_a_reload_keeps_the_room_the_talk_and_what_was_typed(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    await writes(ann, "before")
+    await shows(ann, "before")
+    await ann.fill("#text", "half a sentence")
+    await ann.reload()
+    await ann.wait_for_selector("[data-state=connected]")
+    await shows(ann, "before")
+    assert await ann.input_value("#text") == "half a sentence"
+    assert await ann.locator("#log .mine").count() == 1
+    assert "left" not in await ann.inner_text("#log")
+
+
+async def test_the_back_button_leads_back_into_the_talk(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    await writes(ann, "before")
+    await shows(ann, "before")
+    await ann.goto(f"http://127.0.0.1:{server.port}/")
+    await ann.go_back()
+    await ann.wait_for_selector("[data-state=connected]")
+    await shows(ann, "before")
+    await writes(ann, "and after")
+    await shows(ann, "and after")
+
+
+async def test_a_second_tab_of_the_same_member_takes_over(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    again = await ann.context.new_page()
+    stored = await ann.evaluate("JSON.stringify(sessionStorage)")  # "Duplicate tab" copies it
+    await again.add_init_script(f"Object.assign(sessionStorage, {stored})")
+    await again.goto(ann.url)
+    await again.wait_for_selector("[data-state=connected]")
+    await shows(ann, "another tab", "#over")
+
+
+async def test_a_closed_room_says_so_and_keeps_what_was_read(browser, server):
+    async with Line(server) as line:
+        ann = await enters(await open_tab(browser, line.port, "/r/PARTY2"), "Ann")
+        await writes(ann, "to be read")
+        await shows(ann, "to be read")
+        server.stop()
+        server.__init__()  # without the secret of the first one, the room cannot be opened again
+        await shows(ann, "This room has closed", "#over")
+        assert await messages(ann) == ["to be read"]
+
+
+async def test_after_a_restart_the_talk_goes_on(browser, server):
+    server.stop()
+    server.__init__(CHAT_SECRET="kept")
+    server.create_room("PARTY2")
+    async with Line(server) as line:
+        ann = await enters(await open_tab(browser, line.port, "/r/PARTY2"), "Ann")
+        bob = await enters(await open_tab(browser, line.port, "/r/PARTY2"), "Bob")
+        await writes(ann, "before")
+        await shows(bob, "before")
+        server.stop()
+        await ann.wait_for_selector("[data-state=reconnecting]")
+        await writes(ann, "while it is down")
+        server.__init__(CHAT_SECRET="kept")
+        await shows(bob, "while it is down")
+        await shows(ann, "while it is down")
+        for page in (ann, bob):
+            assert await messages(page) == ["before", "while it is down"]
+            assert await page.locator("#log .gap").count() == 1
+        assert (await bob.locator("#people li").all_inner_texts()) in (
+            ["Ann", "Bob"],
+            ["Bob", "Ann"],
+        )
+
+
+async def test_enter_while_composing_is_not_a_send(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    await ann.fill("#text", "nihao")
+    enter = "new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true, cancelable: true})"
+    await ann.evaluate(f"document.getElementById('text').dispatchEvent({enter})")
+    await ann.press("#text", "Shift+Enter")
+    assert await ann.input_value("#text") == "nihao\n"
+    await ann.press("#text", "Enter")
+    await shows(ann, "nihao")
