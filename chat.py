@@ -31,6 +31,7 @@ import sys
 import time
 import unicodedata
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -327,7 +328,8 @@ async def connection(code: str) -> None:
         app.logger.error("A connection failed", exc_info=errors)
     finally:
         # Always with a code. Without, Quart closes with 1000, on which no browser comes back.
-        await ws.close(*end.args)
+        with suppress(OSError):
+            await ws.close(*end.args)
         outboxes.discard(outbox)
 
 

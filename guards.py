@@ -7,8 +7,10 @@ happens without it, and when it can go.
 import asyncio
 import socket
 import struct
+from contextlib import suppress
 from functools import lru_cache
 
+from hypercorn.asyncio import run as serving
 from hypercorn.asyncio import tcp_server
 from hypercorn.protocol import h2, h11, ws_stream
 from hypercorn.protocol.events import Data, StreamClosed
@@ -43,6 +45,7 @@ def install(app: Quart, allowance) -> None:
     tcp_server.MAX_RECV = 4096
     Stream.allowance = staticmethod(allowance)
     h11.WSStream = h2.WSStream = Stream
+    serving.TCPServer = Server
     app.asgi_websocket_class = Connection
     app.websocket_class = Socket
 
@@ -64,6 +67,14 @@ def harden(listener: socket.socket) -> None:
             listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     # Less of what nobody reads vanishes into the kernel: 64 KiB in place of 4 MB.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+
+
+class Server(tcp_server.TCPServer):
+    """Hypercorn logs a dead phone (TimeoutError) as an error of its own, with a traceback."""
+
+    async def run(self) -> None:
+        with suppress(OSError):
+            await super().run()
 
 
 class Connection(ASGIWebsocketConnection):
