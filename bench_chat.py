@@ -26,6 +26,7 @@ import time
 import zlib
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 from urllib.request import Request, urlopen
 
 HERE = Path(__file__).parent
@@ -94,6 +95,7 @@ class Server:
 class Peer:
     """A WebSocket client with no more of RFC 6455 than is needed here."""
 
+    open: ClassVar[set["Peer"]] = set()
     lingers: asyncio.Task | None = None
     inflate = None  # where the server compresses
     rest = b""
@@ -106,6 +108,7 @@ class Peer:
             socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22
         )  # or bursts meet a closed window
         peer.reader, peer.writer = await asyncio.open_connection(sock=near)
+        cls.open.add(peer)
         key = base64.b64encode(os.urandom(16)).decode()
         peer.writer.write(
             f"GET /r/{code}/ws HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
@@ -165,6 +168,13 @@ class Peer:
 
     def close(self) -> None:
         self.writer.transport.abort()
+        self.open.discard(self)
+
+    @classmethod
+    async def close_all(cls) -> None:
+        for peer in list(cls.open):
+            peer.close()
+        await asyncio.sleep(0)  # an aborted transport closes its socket in the next turn
 
 
 # ── Chaos ────────────────────────────────────────────────────────────────────────────────────────
@@ -364,6 +374,7 @@ async def chaos(sabotage: str, seed: int, messages: int, breaks: int, rooms=3, s
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+    await Peer.close_all()
     await asyncio.sleep(2)
     left_over = server.sockets() - sockets
     server.stop()
@@ -490,11 +501,10 @@ class Crowd:
         p50, p99 = (times[len(times) * part // 100] / 1000 for part in (50, 99))
         return p50, p99, self.count == said * self.size and not self.dropped
 
-    def leave(self) -> None:
+    async def leave(self) -> None:
         for task in self.readers:
             task.cancel()
-        for peer in self.peers:
-            peer.close()
+        await Peer.close_all()
 
 
 async def highest_rate(program: str, size: int) -> int:
@@ -506,7 +516,7 @@ async def highest_rate(program: str, size: int) -> int:
         await crowd.join()
         await asyncio.sleep(1)
         _, p99, complete = await crowd.talk(rate, 4)
-        crowd.leave()
+        await crowd.leave()
         server.stop()
         fine = complete and p99 < 250
         progress(
@@ -534,7 +544,7 @@ async def load(options) -> None:
         await crowd.join()
         await asyncio.sleep(1)
         p50, p99, _ = await crowd.talk(10, 10)
-        crowd.leave()
+        await crowd.leave()
         server.stop()
         progress("")
         print(
@@ -549,7 +559,7 @@ async def load(options) -> None:
     print(
         f"memory: {empty >> 20} MiB empty, {(server.memory() - empty) / 1000 / 1024:.0f} KiB a member"
     )
-    crowd.leave()
+    await crowd.leave()
     server.stop()
 
 

@@ -796,10 +796,11 @@ async def test_health_is_numbers_only(join, client):
 
 
 @pytest.fixture
-def server():
+async def server():
     server = bench_chat.Server()
     server.create_room("PARTY2")
     yield server
+    await bench_chat.Peer.close_all()
     server.stop()
 
 
@@ -839,8 +840,6 @@ async def test_talk_on_the_wire(server):
     again = await bench_chat.Peer.connect(server.port, "PARTY2")
     again.send(hello={"token": ann.token, "after": 0})
     assert "gap" not in await hears(again, "on the wire é")
-    bob.close()
-    again.close()
 
 
 async def test_large_frames_arrive_whole_in_both_directions(server):
@@ -851,14 +850,11 @@ async def test_large_frames_arrive_whole_in_both_directions(server):
     again = await bench_chat.Peer.connect(server.port, "PARTY2")
     again.send(hello={"token": ann.token, "after": 0})
     assert len(re.findall("é#", await hears(again, "#39"))) == 40  # 150 KB in one frame
-    ann.close()
-    again.close()
 
 
 async def test_compression_is_not_negotiated(server):
     ann = await peer(server, "Ann")  # Peer offers it, as browsers do
     assert ann.inflate is None
-    ann.close()
 
 
 async def test_a_ping_is_answered_and_a_flood_of_pings_is_not(server):
@@ -873,7 +869,6 @@ async def test_a_ping_is_answered_and_a_flood_of_pings_is_not(server):
     assert await is_closed(ann) == 1008
     bob.send(say="undisturbed", id="x")
     await hears(bob, "undisturbed")
-    bob.close()
 
 
 async def test_a_frame_over_the_limit_is_not_even_buffered(server):
@@ -886,7 +881,6 @@ async def test_a_frame_over_the_limit_is_not_even_buffered(server):
         await hears(ann, "what nobody says")
     assert end.value.args[0] in (1009, 1006, errno.ECONNRESET, errno.EPIPE, "Connection lost")
     assert server.memory() - before < 10_000_000
-    ann.close()
 
 
 async def test_a_reader_that_never_reads_is_gone_in_25_seconds_and_nobody_waits_for_it(server):
@@ -905,8 +899,6 @@ async def test_a_reader_that_never_reads_is_gone_in_25_seconds_and_nobody_waits_
         await asyncio.sleep(0.1)
     assert health(server)["connections"] == 2
     assert slowest < 2
-    for each in (ann, bob, dead):
-        each.close()
 
 
 async def test_after_many_joins_and_leaves_the_server_is_where_it_was(server):
@@ -926,7 +918,6 @@ async def test_after_many_joins_and_leaves_the_server_is_where_it_was(server):
     assert server.sockets() <= sockets
     assert health(server)["members"] == 1
     listening.cancel()
-    ann.close()
 
 
 async def test_a_short_chaos_run_loses_nothing():
@@ -948,8 +939,6 @@ async def test_it_stops_at_once_with_a_hundred_open_sockets_and_says_why(server,
     assert [await is_closed(each) for each in people] == [1012] * 100
     assert await asyncio.to_thread(server.process.wait, 5) == 0
     assert time.monotonic() - started < 2
-    for each in people:
-        each.close()
 
 
 async def test_it_stops_whatever_a_peer_does(server):
@@ -962,8 +951,6 @@ async def test_it_stops_whatever_a_peer_does(server):
     server.process.terminate()
     assert await asyncio.to_thread(server.process.wait, 6) == 0
     assert time.monotonic() - started < 5
-    ann.close()
-    dead.close()
 
 
 def program(*arguments: str, code: str = "import chat; chat.main()") -> tuple[int, str]:
