@@ -235,15 +235,17 @@ class Proxy:
             far_writer.close()
 
     async def pump(self, reader, writer, manner: str, dead: set, direction: str) -> None:
-        while data := await reader.read(65_536):
-            if manner == "delayed":
-                await asyncio.sleep(self.random.uniform(0, 0.05))
-            while data and direction not in dead:
-                size = self.random.randint(1, 700) if manner == "sliced" else len(data)
-                writer.write(data[:size])
-                await writer.drain()
-                data = data[size:]
-        writer.close()
+        try:
+            while data := await reader.read(65_536):
+                if manner == "delayed":
+                    await asyncio.sleep(self.random.uniform(0, 0.05))
+                while data and direction not in dead:
+                    size = self.random.randint(1, 700) if manner == "sliced" else len(data)
+                    writer.write(data[:size])
+                    await writer.drain()
+                    data = data[size:]
+        finally:
+            writer.close()
 
 
 class Member:
