@@ -377,6 +377,7 @@ async def chaos(sabotage: str, seed: int, messages: int, breaks: int, rooms=3, s
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await Peer.close_all()
+    proxy.server.close()
     await asyncio.sleep(2)
     left_over = server.sockets() - sockets
     server.stop()
