@@ -451,7 +451,7 @@ class Crowd:
 
     def __init__(self, server: Server, size: int):
         self.server, self.size, self.code = server, size, "CRWD22"
-        self.peers, self.count, self.latencies, self.dropped = [], 0, [], 0
+        self.peers, self.readers, self.count, self.latencies, self.dropped = [], [], 0, [], 0
 
     async def join(self, at_once: int = 50) -> float:
         """Have all members join, so many at once; return the seconds that it took."""
@@ -461,7 +461,6 @@ class Crowd:
             *(self.enter(number, gate) for number in range(self.size))
         )
         seconds = time.perf_counter() - started
-        self.readers = [asyncio.create_task(self.read(peer)) for peer in self.peers]
         return seconds
 
     async def enter(self, number: int, gate: asyncio.Semaphore) -> Peer:
@@ -470,7 +469,8 @@ class Crowd:
             peer.send(hello={"name": f"member {number}"})
             if "tutorial" not in self.server.banner:
                 await peer.receive()
-            return peer
+        self.readers.append(asyncio.create_task(self.read(peer)))
+        return peer
 
     async def read(self, peer: Peer) -> None:
         while data := await peer.read():
@@ -553,17 +553,15 @@ async def load(options) -> None:
         print(
             f"\r{size:>8} {chat:>8}/s {tutorial:>8}/s {chat * size:>10}/s {p50:>8.1f}, {p99:.1f} ms"
         )
-    server = Server(core=0)
-    empty = server.memory()
-    crowd = Crowd(server, 1000)
-    seconds = await crowd.join(at_once=1000)
-    await asyncio.sleep(3)
-    print(f"a storm of 1,000 joins: {seconds:.1f} s, {1000 / seconds:.0f} a second")
-    print(
-        f"memory: {empty >> 20} MiB empty, {(server.memory() - empty) / 1000 / 1024:.0f} KiB a member"
-    )
-    await crowd.leave()
-    server.stop()
+    for at_once in (50, 1000):
+        server = Server(core=0)
+        empty, crowd = server.memory(), Crowd(server, 1000)
+        seconds = await crowd.join(at_once)
+        await asyncio.sleep(3)
+        each = (server.memory() - empty) / 1000 / 1024
+        print(f"1,000 join, {at_once} at a time: {seconds:.1f} s, then {each:.0f} KiB a member")
+        await crowd.leave()
+        server.stop()
 
 
 def run_load(options) -> bool:

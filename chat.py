@@ -146,6 +146,7 @@ class Room:
     pending: list[str] = field(default_factory=list)  # posted, but in no outbox yet
     posted: dict[tuple[str, str], None] = field(default_factory=dict)  # (member, id), oldest first
     presence_changed: bool = False
+    presence_due: float = 0  # not before; the list goes to all and names all, so it has a pace too
     flushing: asyncio.Task | None = None
 
 
@@ -264,8 +265,10 @@ async def flush(room: Room) -> None:
     """
     while room.pending or room.presence_changed:
         pending, room.pending = room.pending, []
-        presence = str(fragments.presence(room.members.values())) if room.presence_changed else ""
-        room.presence_changed = False
+        presence, now = "", time.monotonic()
+        if room.presence_changed and now >= room.presence_due:
+            presence = str(fragments.presence(room.members.values()))
+            room.presence_changed, room.presence_due = False, now + len(room.members) / 500
         frame = "".join(pending) + presence
         for member in list(room.members.values()):
             rest = "".join(pending[member.skip :]) + presence if member.skip else frame
@@ -334,16 +337,15 @@ async def connection(code: str) -> None:
 
 
 async def relay(outbox: asyncio.Queue, ws) -> None:
-    """Carry frames from the outbox to the socket; those that have piled up go as one."""
+    """Carry frames from the outbox to the socket; a few that have piled up go as one."""
     while True:
-        frames = [await outbox.get()]
-        while not outbox.empty():
-            frames.append(outbox.get_nowait())
-        close = frames.pop() if isinstance(frames[-1], Close) else None
-        if frames:
-            await ws.send("".join(frames))
-        if close:
-            raise close
+        waiting = [await outbox.get()]
+        while not outbox.empty() and len(waiting) < 8:
+            waiting.append(outbox.get_nowait())
+        if frame := "".join(item for item in waiting if isinstance(item, str)):
+            await ws.send(frame)
+        if isinstance(waiting[-1], Close):
+            raise waiting[-1]
 
 
 async def receive(code: str, outbox: asyncio.Queue, ws) -> None:
