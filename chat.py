@@ -20,7 +20,6 @@ The words:
 
 import argparse
 import asyncio
-import hashlib
 import json
 import os
 import re
@@ -78,20 +77,16 @@ limits.from_prefixed_env("CHAT")
 limits["SECRET"] = str(limits["SECRET"] or secrets.token_hex())
 limits["MAX_CONTENT_LENGTH"] = limits["BODY_BYTES"]  # what Quart calls it
 
-RUN = secrets.token_hex(
-    4
-)  # this run of the program: a token that names another was before a restart
+RUN = secrets.token_hex(4)  # this run of the program; a token that names another is older
 ALPHABET = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # of room codes, which are read out: no 0 O 1 I L
 CODE = re.compile(f"[{ALPHABET}]{{6}}")
 ID = re.compile("[A-Za-z0-9_-]{1,64}")
 IDS_REMEMBERED = 2_000  # a room, and 128 more a member: more than one can have unconfirmed
-NEVER_SHOWN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
-)  # bidi overrides
-BLANK = re.compile("[\u3164\u115f\u1160\uffa0\u2800\u034f]")  # letters that look like nothing
-JOINER = re.compile(
-    "(?<=[^\x00-\x7f])[\u200c\u200d](?=[^\x00-\x7f])"
-)  # inside 👩‍🚀, and in Persian
+# Never shown: control characters, and overrides of the writing direction. In names also refused:
+# letters that look like nothing, and joiners but for those inside 👩‍🚀 or a Persian word.
+HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+BLANK = re.compile("[\u3164\u115f\u1160\uffa0\u2800\u034f]")
+JOINER = re.compile("(?<=[^\x00-\x7f])[\u200c\u200d](?=[^\x00-\x7f])")
 PIECES = re.compile(  # code blocks, code and links: re.split puts them at the odd indices
     r"""(```.*?```\n?|`[^`\n]+`|https?://[^\s<>"]*[^\s<>"'.,;:!?)\]}])""", re.DOTALL
 )
@@ -219,7 +214,7 @@ def leave(room: Room, member: Member) -> None:
 def say(room: Room, member: Member, id: str, text: str) -> None:
     """Post what a member says, once, or tell it why not; Close 1008 if it does not stop."""
     text = unicodedata.normalize("NFC", text).replace("\r\n", "\n")
-    text = NEVER_SHOWN.sub("", text).strip("\n")
+    text = HIDDEN.sub("", text).strip("\n")
     if (member.id, id) in room.posted:
         verdict, why = "confirmed", ""  # sent again, because the echo had not reached it
     elif not text.strip() or len(text) > limits["MESSAGE_LENGTH"]:
@@ -252,7 +247,7 @@ def post(room: Room, fragment, **values) -> None:
 def wake(room: Room, presence: bool = False) -> None:
     """Make sure that a flush runs, and takes the list of members along if that has changed."""
     room.presence_changed |= presence
-    if not room.flushing:
+    if not room.flushing or room.flushing.done():
         room.flushing = asyncio.create_task(flush(room))
 
 
@@ -275,7 +270,6 @@ async def flush(room: Room) -> None:
             member.skip = 0
             deliver(room, member, rest)
         await asyncio.sleep(len(room.members) / limits["FRAMES_PER_SECOND"])
-    room.flushing = None
 
 
 def deliver(room: Room, member: Member, frame: str) -> None:
@@ -344,8 +338,9 @@ async def relay(outbox: asyncio.Queue, ws) -> None:
             waiting.append(outbox.get_nowait())
         if frame := "".join(item for item in waiting if isinstance(item, str)):
             await ws.send(frame)
-        if isinstance(waiting[-1], Close):
-            raise waiting[-1]
+        for close in waiting:
+            if isinstance(close, Close):
+                raise close
 
 
 async def receive(code: str, outbox: asyncio.Queue, ws) -> None:
@@ -401,32 +396,29 @@ def admit(code: str, frame: dict, outbox: asyncio.Queue) -> tuple[Room, Member]:
     room, 4503 full, 1008 not a hello.
     """
     signer = URLSafeSerializer(limits["SECRET"], salt="member")
-    run, home, after = RUN, code, 0
     match frame:
         case {"hello": {"name": str(raw)}}:
-            key, name = secrets.token_urlsafe(16), usable_name(raw)  # 128 random bits
+            home, run, id, name, after = code, RUN, secrets.token_hex(8), usable_name(raw), 0
         case {"hello": {"token": str(token), "after": int(after)}}:
             try:
-                home, key, name, run = signer.loads(token)
+                home, run, id, name, _ = signer.loads(token)
             except BadSignature:
-                home = None
+                home, run = None, RUN
         case _:
             raise Close(1008, "The first frame has to be a hello.")
-    if code not in rooms and run == RUN:  # if it had been there in this run, it has closed
+    if code not in rooms and run == RUN:  # in this run it was open: so it has closed since
         raise Close(4404, "There is no such room, or it has closed.")
     if home != code:
         raise Close(4401, "You were not in this room. Give your name again.")
     room = rooms.get(code) or open_room(code)
-    id = hashlib.sha256(key.encode()).hexdigest()[:16]
-    if id not in room.members and len(room.members) >= limits["MEMBERS"]:
-        raise Close(4503, "This room is full.")
     member = room.members.get(id)
     if not member:
-        taken, number, given = {look(other.name) for other in room.members.values()}, 2, name
-        while look(name) in taken:
-            name, number = f"{given} {number}", number + 1
-        member = Member(id, name, signer.dumps([code, key, name, RUN]))
-        if run == RUN:  # after a restart it comes back without a word
+        if len(room.members) >= limits["MEMBERS"]:
+            raise Close(4503, "This room is full.")
+        name = unlike_others(name, room)
+        secret = secrets.token_hex(16)  # 128 bits that only this member knows
+        member = Member(id, name, signer.dumps([code, RUN, id, name, secret]))
+        if run == RUN:  # after a restart members come back without a word
             post(room, fragments.notice, text=f"{name} joined")
     enter(room, member, outbox, after)
     return room, member
@@ -470,9 +462,17 @@ def usable_name(raw: str) -> str:
     return name
 
 
-def look(name: str) -> str:
-    """Return what is the same for names that look the same."""
-    return unicodedata.normalize("NFKC", re.sub("[\u200c\u200d\ufe00-\ufe0f]", "", name).casefold())
+def unlike_others(name: str, room: Room) -> str:
+    """Return the name, with a number if somebody in the room has one that looks the same."""
+
+    def look(name: str) -> str:
+        visible = re.sub("[\u200c\u200d\ufe00-\ufe0f]", "", name)
+        return unicodedata.normalize("NFKC", visible.casefold())
+
+    taken, unique, number = {look(member.name) for member in room.members.values()}, name, 2
+    while look(unique) in taken:
+        unique, number = f"{name} {number}", number + 1
+    return unique
 
 
 # ── Pages ────────────────────────────────────────────────────────────────────────────────────────

@@ -780,9 +780,11 @@ async def test_an_error_closes_with_1011_and_is_logged_once(join, monkeypatch, c
     await bob.hears("Ann</bdi> (reconnecting)")
 
 
-async def test_a_public_id_says_nothing_about_the_token(join):
-    ann = await join("Ann")
-    assert ann.id not in chat.URLSafeSerializer("").loads_unsafe(ann.token)[1]
+async def test_the_token_is_known_to_its_member_only(join):
+    ann, bob = await join("Ann"), await join("Bob")
+    await ann.says("hi")
+    assert ann.token not in await bob.hears("hi</div>")
+    assert ann.token != bob.token
 
 
 async def test_health_is_numbers_only(join, client):
@@ -1245,3 +1247,36 @@ async def test_enter_while_composing_is_not_a_send(browser, server):
     assert await ann.input_value("#text") == "nihao\n"
     await ann.press("#text", "Enter")
     await shows(ann, "nihao")
+
+
+# ── The README ───────────────────────────────────────────────────────────────────────────────────
+
+README = (bench_chat.HERE / "README.md").read_text()
+
+
+async def test_the_readme_counts_the_lines_of_each_file():
+    table = re.findall(r"^\| `([\w./]+)` \| (\d+) \|", README, re.MULTILINE)
+    assert len(table) == 6
+    for name, lines in table:
+        assert len((bench_chat.HERE / name).read_text().splitlines()) == int(lines), name
+    assert f"{dict(table)['chat.py']} lines" in README
+
+
+async def test_the_readme_lists_every_setting_with_its_default():
+    source = (bench_chat.HERE / "chat.py").read_text()
+    settings = re.search(r"limits\.from_mapping\(\n(.+?)\n\)", source, re.DOTALL)[1]
+    listed = dict(re.findall(r"^\| `CHAT_(\w+)` \| ([\w,]+) \|", README, re.MULTILINE))
+    for name, default in re.findall(r"^    (\w+)=([\w\"]+)", settings, re.MULTILINE):
+        assert listed.pop(name).replace(",", "") == default.replace("_", "").replace('""', "random")
+    assert not listed
+
+
+async def test_the_readme_lists_every_close_code():
+    source = (bench_chat.HERE / "chat.py").read_text()
+    listed = re.findall(r"^\| (\d{4}) \|", README, re.MULTILINE)
+    assert set(re.findall(r"Close\((\d{4})", source)) <= set(listed)
+
+
+async def test_a_setting_in_the_environment_counts():
+    code = "import os; os.environ['CHAT_MEMBERS'] = '40'; import chat, sys; sys.exit(chat.limits['MEMBERS'])"
+    assert program(code=code)[0] == 40

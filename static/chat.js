@@ -35,7 +35,7 @@ const FINAL = {
 
 function state(name, sentence = "") {
   chat.dataset.state = name;
-  $(name === "closed" ? "over" : "status").textContent = sentence;
+  $(name === "closed" ? "why" : "status").textContent = sentence;
 }
 
 function dial() {
@@ -106,6 +106,7 @@ addEventListener("pageshow", (event) => event.persisted && location.reload());
 function welcome(them) {
   store.set("me", (me = { member: them.member, token: them.token }));
   joined = true;
+  if (chat.dataset.state === "outside") text.focus();
   state("connected");
   pump();
 }
@@ -113,7 +114,7 @@ function welcome(them) {
 function entry(li) {
   const { seq, from, id } = li.dataset;
   const name = from + " " + id;
-  const gap = li.className === "gap"; // from here on the server counts anew
+  const gap = li.classList.contains("gap"); // from here on the server counts anew
   if (!gap && (seq <= last || shown.has(name))) return li.remove();
   last = Number(seq);
   if (from) shown.add(name);
