@@ -29,7 +29,7 @@ import socket
 import sys
 import time
 import unicodedata
-from collections import deque
+from collections import OrderedDict, deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -139,7 +139,9 @@ class Room:
     history: deque[tuple[int, str]] = field(default_factory=deque)
     history_bytes: int = 0
     pending: list[str] = field(default_factory=list)  # posted, but in no outbox yet
-    posted: dict[tuple[str, str], None] = field(default_factory=dict)  # (member, id), oldest first
+    posted: OrderedDict = field(
+        default_factory=OrderedDict
+    )  # (member, id) of messages, oldest first
     presence_changed: bool = False
     presence_due: float = 0  # not before; the list goes to all and names all, so it has a pace too
     flushing: asyncio.Task | None = None
@@ -222,7 +224,7 @@ def say(room: Room, member: Member, id: str, text: str) -> None:
     elif member.messages.take():
         room.posted[member.id, id] = None
         if len(room.posted) > IDS_REMEMBERED + 128 * len(room.members):
-            del room.posted[next(iter(room.posted))]
+            room.posted.popitem(last=False)
         return post(room, fragments.message, member=member, id=id, pieces=PIECES.split(text))
     elif member.refusals.take():
         verdict, why = "later", "You are too fast. Your message is sent again in a moment."
@@ -356,7 +358,9 @@ async def receive(code: str, outbox: asyncio.Queue, ws) -> None:
         async with asyncio.timeout(limits["SILENCE"]) as silence:
             while True:
                 frame = await next_frame(ws, frames)
-                silence.reschedule(asyncio.get_running_loop().time() + limits["SILENCE"])
+                later = asyncio.get_running_loop().time() + limits["SILENCE"]
+                if silence.when() < later - limits["SILENCE"] / 10:  # not for each frame: it costs
+                    silence.reschedule(later)
                 grace = limits["GRACE_LOST"]
                 match frame:
                     case {"say": str(text), "id": str(id)} if ID.fullmatch(id):

@@ -84,6 +84,13 @@ class Connection(ASGIWebsocketConnection):
         super().__init__(app, scope)
         self.queue = asyncio.Queue(8)
 
+    async def handle_messages(self, receive) -> None:
+        """Let the handler read what came before the end, such as the bye of a page that closes."""
+        await super().handle_messages(receive)
+        for _ in range(16):
+            if not self.queue.empty():
+                await asyncio.sleep(0)
+
     async def send_data(self, send, data: str) -> None:
         await send({"type": "websocket.send", "bytes": None, "text": data})
 
@@ -128,9 +135,10 @@ class Stream(ws_stream.WSStream):
 
     async def handle(self, event) -> None:
         if isinstance(event, StreamClosed) and self.app_put:
-            queue = self.app_put.__self__  # nobody need be reading it any more, and whoever
-            while not queue.empty():  # waits for room in it would do so for ever
-                queue.get_nowait()
+            queue = self.app_put.__self__
+            if queue.full():  # then nobody may be reading it any more, and to wait for room
+                while not queue.empty():  # in it would be to wait for ever
+                    queue.get_nowait()
         await super().handle(event)
 
     async def _handle_events(self) -> None:

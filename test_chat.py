@@ -1044,7 +1044,10 @@ async def browser():
             "no chromium: the page is not tested"
         )
     async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=chromium)
+        # The default switch --disable-back-forward-cache would hide faults of the back button.
+        browser = await playwright.chromium.launch(
+            executable_path=chromium, ignore_default_args=["--disable-back-forward-cache"]
+        )
         yield browser
         await browser.close()
 
@@ -1193,6 +1196,17 @@ async def test_the_back_button_leads_back_into_the_talk(browser, server):
     await shows(ann, "and after")
 
 
+async def test_closing_the_tab_is_a_leaving_after_a_moment(browser, server):
+    server.stop()
+    server.__init__(CHAT_GRACE_CLOSED="1")
+    server.create_room("PARTY2")
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    bob = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Bob")
+    await bob.close()
+    await shows(ann, "Bob (reconnecting)", "#people")
+    await shows(ann, "Bob left")
+
+
 async def test_a_second_tab_of_the_same_member_takes_over(browser, server):
     ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
     again = await ann.context.new_page()
@@ -1255,7 +1269,7 @@ README = (bench_chat.HERE / "README.md").read_text()
 
 
 async def test_the_readme_counts_the_lines_of_each_file():
-    table = re.findall(r"^\| `([\w./]+)` \| (\d+) \|", README, re.MULTILINE)
+    table = re.findall(r"^\| `(\w[\w/]*\.\w+)` \| (\d+) \|", README, re.MULTILINE)
     assert len(table) == 6
     for name, lines in table:
         assert len((bench_chat.HERE / name).read_text().splitlines()) == int(lines), name

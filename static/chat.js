@@ -21,6 +21,7 @@ let unsent = store.get("unsent") || []; // [{id, text}], the oldest first
 let inFlight = null; // id of the one that waits for its echo
 let heard = Date.now(), spoke = Date.now();
 let reason = "";
+let leaving = false; // 1000 without it comes from htmx, which closes so when the page is hidden
 let atEnd = true; // the reader is at the end of the log
 const shown = new Set(); // "member id" of all messages shown, for those posted again after a restart
 
@@ -63,6 +64,7 @@ function hello() {
 }
 
 chat.addEventListener("htmx:ws:before:connection", (event) => {
+  if (chat.dataset.state === "closed") event.preventDefault(); // htmx would connect again on 1000
   connection = event.detail.connection;
   heard = Date.now();
 });
@@ -80,10 +82,11 @@ chat.addEventListener("htmx:ws:before:message:incoming", () => {
 });
 
 chat.addEventListener("htmx:ws:close", (event) => {
-  const code = event.detail.code;
+  const { code } = event.detail;
+  if (!code) return; // one of ours, see before:connection
   joined = false;
   inFlight = null;
-  if (connection.config.reconnectCodes.includes(code)) 
+  if (connection.config.reconnectCodes.includes(code) && !leaving)
     return state(me ? "reconnecting" : "outside", "Connection lost. Reconnecting…");
   if (code === 1000 || code === 4401 || code === 4404) store.set("me", (me = null));
   if (code === 4401 || (code === 1008 && !last)) return state("outside");
@@ -98,7 +101,7 @@ addEventListener("online", redial);
 document.addEventListener("visibilitychange", () => {
   if (!document.hidden && chat.dataset.state === "reconnecting") redial();
 });
-addEventListener("pagehide", () => send({ bye: true }), { capture: true }); // before htmx closes it
+addEventListener("pagehide", () => send({ bye: true }));
 addEventListener("pageshow", (event) => event.persisted && location.reload());
 
 // ── What arrives ──
@@ -203,7 +206,7 @@ $("join").addEventListener("submit", (event) => {
   if (connection?.socket?.readyState === WebSocket.OPEN) hello();
   else dial();
 });
-$("leave").addEventListener("click", () => send({ leave: true }));
+$("leave").addEventListener("click", () => send({ leave: (leaving = true) }));
 $("copy").addEventListener("click", async () => {
   await navigator.clipboard?.writeText(link);
   $("status").textContent = "Copied: " + link;
