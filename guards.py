@@ -84,13 +84,6 @@ class Connection(ASGIWebsocketConnection):
         super().__init__(app, scope)
         self.queue = asyncio.Queue(8)
 
-    async def handle_messages(self, receive) -> None:
-        """Let the handler read what came before the end, such as the bye of a page that closes."""
-        await super().handle_messages(receive)
-        for _ in range(16):
-            if not self.queue.empty():
-                await asyncio.sleep(0)
-
     async def send_data(self, send, data: str) -> None:
         await send({"type": "websocket.send", "bytes": None, "text": data})
 
