@@ -270,25 +270,21 @@ class Member:
     async def connect(self) -> None:
         async with asyncio.timeout(2):
             peer = await Peer.connect(self.port, self.code)
-        talking = None
+        hello = {"token": self.token, "after": self.after} if self.token else {"name": self.name}
+        peer.send(hello=hello)
+        talking = asyncio.create_task(self.talk(peer))  # before it knows what has arrived
         try:
-            if self.token:
-                peer.send(hello={"token": self.token, "after": self.after})
-            else:
-                peer.send(hello={"name": self.name})
             while True:
                 async with asyncio.timeout(2):  # the server's heart beats faster
                     self.read(await peer.receive())
                 peer.send(here=self.after)
-                talking = talking or asyncio.create_task(self.talk(peer))
                 if self.luck.random() < 0.002:  # a dead phone, for as long as others can bear
                     await asyncio.sleep(2)
                 if self.luck.random() < 0.004:
                     peer.lingers = asyncio.create_task(self.linger(peer))
                     return  # to connect again: the new connection takes over
         finally:
-            if talking:
-                talking.cancel()
+            talking.cancel()
             if not peer.lingers:
                 peer.close()
 
@@ -304,6 +300,8 @@ class Member:
 
     async def talk(self, peer: Peer) -> None:
         """Send what is not confirmed, all of it again on each connection, and then the rest."""
+        while not self.token:  # or what it says would belong to a member that it never becomes
+            await asyncio.sleep(0.05)
         for id in list(self.unsent):
             if id not in self.said:
                 self.said.append(id)
@@ -353,7 +351,6 @@ async def chaos(sabotage: str, seed: int, messages: int, breaks: int, rooms=3, s
     settings = {"BEAT": "0.3", "SILENCE": "3", "OUTBOX": "8", "HISTORY": "1e9"}
     settings |= {"HISTORY_BYTES": "1e9", "SECRET": "chaos"}
     server = Server(SABOTAGE[sabotage], **{f"CHAT_{name}": settings[name] for name in settings})
-    sockets = server.sockets()
     proxy = Proxy(server.port, seed)
     port = await proxy.start()
     codes = [f"CHAS2{digit}" for digit in "23456789"[:rooms]]
@@ -363,6 +360,8 @@ async def chaos(sabotage: str, seed: int, messages: int, breaks: int, rooms=3, s
         for number in range(size):
             luck = random.Random(f"{seed} {code} {number}")
             members.append(Member(port, code, f"{code}-{number}", luck, messages))
+    await asyncio.sleep(0.2)
+    sockets = server.sockets()  # before: what it has open with nobody connected
     tasks = [asyncio.create_task(member.live()) for member in members]
     started = time.monotonic()
     while not proxy.calm:
