@@ -30,7 +30,6 @@ import sys
 import time
 import unicodedata
 from collections import OrderedDict, deque
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -49,30 +48,31 @@ except ModuleNotFoundError as missing:
 
 app = Quart(__name__)
 limits = app.config
-limits.from_mapping(
-    MESSAGE_LENGTH=2_000,  # characters
-    MESSAGE_RATE=2,  # messages a second and member, after a burst of
-    MESSAGE_BURST=10,
-    FRAME_BYTES=16_384,
-    FRAME_RATE=10,  # frames of any kind a second and connection, after a burst of
-    FRAME_BURST=60,
-    NAME_LENGTH=24,  # characters
-    MEMBERS=250,  # in one room, those who are reconnecting included
-    ROOMS=1_000,
-    SOCKETS=2_000,
-    HISTORY=200,  # entries that a room remembers, as long as they have no more bytes than
-    HISTORY_BYTES=262_144,
-    OUTBOX=64,  # batches that may wait for a slow member
-    FRAMES_PER_SECOND=12_000,  # to all members of a room together, see flush
-    JOIN_DEADLINE=10,  # seconds to say hello
-    BEAT=20,  # seconds from one heartbeat to the next
-    SILENCE=50,  # seconds without a frame from a connection before it counts as lost
-    GRACE_CLOSED=5,  # seconds to come back after closing the page: a reload is no leaving
-    GRACE_LOST=120,  # seconds to come back after losing the connection: phones freeze tabs
-    UNENTERED=600,  # seconds that a room waits for its first member
-    BODY_BYTES=16_384,  # of an HTTP request
-    SECRET="",  # signs the members' tokens; empty: a new one at each start
-)
+SETTINGS = {
+    "MESSAGE_LENGTH": 2_000,  # characters
+    "MESSAGE_RATE": 2,  # messages a second and member, after a burst of
+    "MESSAGE_BURST": 10,
+    "FRAME_BYTES": 16_384,
+    "FRAME_RATE": 10,  # frames of any kind a second and connection, after a burst of
+    "FRAME_BURST": 60,
+    "NAME_LENGTH": 24,  # characters
+    "MEMBERS": 250,  # in one room, those who are reconnecting included
+    "ROOMS": 1_000,
+    "SOCKETS": 2_000,
+    "HISTORY": 200,  # entries that a room remembers, as long as they have no more bytes than
+    "HISTORY_BYTES": 262_144,
+    "OUTBOX": 64,  # batches that may wait for a slow member
+    "FRAMES_PER_SECOND": 12_000,  # to all members of a room together, see flush
+    "JOIN_DEADLINE": 10,  # seconds to say hello
+    "BEAT": 20,  # seconds from one heartbeat to the next
+    "SILENCE": 50,  # seconds without a frame from a connection before it counts as lost
+    "GRACE_CLOSED": 5,  # seconds to come back after closing the page: a reload is no leaving
+    "GRACE_LOST": 120,  # seconds to come back after losing the connection: phones freeze tabs
+    "UNENTERED": 600,  # seconds that a room waits for its first member
+    "BODY_BYTES": 16_384,  # of an HTTP request
+    "SECRET": "",  # signs the members' tokens; empty: a new one at each start
+}
+limits.from_mapping(SETTINGS)
 limits.from_prefixed_env("CHAT")
 limits["SECRET"] = str(limits["SECRET"] or secrets.token_hex())
 limits["MAX_CONTENT_LENGTH"] = limits["BODY_BYTES"]  # what Quart calls it
@@ -307,10 +307,10 @@ async def connection(code: str) -> None:
     longer speak is worse than one that is gone.
     """
     ws = websocket._get_current_object()  # what `websocket` stands for, looked up once
-    outbox = asyncio.Queue(limits["OUTBOX"])
-    outboxes.add(outbox)
     end = Close(1011, "The server has made a mistake.")
     await ws.accept()  # even to say no: a browser shows the code of a close, but not of a refusal
+    outbox = asyncio.Queue(limits["OUTBOX"])
+    outboxes.add(outbox)
     try:
         if stopping.is_set():
             raise Close(1012, "The server restarts.")
@@ -322,14 +322,17 @@ async def connection(code: str) -> None:
     except* Close as closes:
         end = closes.exceptions[0]
     except* OSError:
-        pass  # the network gave up on a frame
+        pass  # the network has given up
     except* Exception as errors:
         app.logger.error("A connection failed", exc_info=errors)
     finally:
-        # Always with a code. Without, Quart closes with 1000, on which no browser comes back.
-        with suppress(OSError):
+        try:
+            # Always with a code: without, it would be 1000, and nobody would come back.
             await ws.close(*end.args)
-        outboxes.discard(outbox)
+        except OSError:
+            pass  # the network has given up
+        finally:
+            outboxes.discard(outbox)
 
 
 async def relay(outbox: asyncio.Queue, ws) -> None:
@@ -580,6 +583,12 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="where to listen; 0.0.0.0: everywhere")
     parser.add_argument("--port", default=8000, type=int)
     host, port = vars(parser.parse_args()).values()
+    for name in os.environ:
+        setting = name.removeprefix("CHAT_")
+        if setting != name and setting not in SETTINGS:
+            parser.error(f"{name}, in the environment, is not a setting")
+        if setting != name and setting != "SECRET" and not isinstance(limits[setting], int | float):
+            parser.error(f"{name}, in the environment, has to be a number")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=1024)
@@ -588,6 +597,7 @@ def main() -> None:
         sys.exit(f"Cannot listen on {host}, port {port}: {reason}.")
     guards.harden(listener)
     address = network_address() if host in ("0.0.0.0", "::") else host
+    address = f"[{address}]" if ":" in address else address
     print(f"Chat is on http://{address}:{listener.getsockname()[1]} (Ctrl-C stops it)", flush=True)
     asyncio.run(run(listener))
 

@@ -994,6 +994,17 @@ async def test_a_wrong_option_is_explained(arguments):
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [("CHAT_MEMBRES", "40", "is not a setting"), ("CHAT_MEMBERS", "many", "has to be a number")],
+)
+async def test_a_wrong_setting_is_explained(monkeypatch, name, value, why):
+    monkeypatch.setenv(name, value)
+    code, said = program("--port", "0")
+    assert code == 2
+    assert f"{name}, in the environment, {why}" in said
+
+
 async def test_a_missing_package_is_one_sentence():
     code, said = program(code="import sys; sys.modules['quart'] = None; import chat")
     assert code == 1
@@ -1327,9 +1338,9 @@ async def test_the_readme_counts_the_lines_of_each_file():
 
 async def test_the_readme_lists_every_setting_with_its_default():
     source = (bench_chat.HERE / "chat.py").read_text()
-    settings = re.search(r"limits\.from_mapping\(\n(.+?)\n\)", source, re.DOTALL)[1]
+    settings = re.search(r"SETTINGS = {\n(.+?)\n}", source, re.DOTALL)[1]
     listed = dict(re.findall(r"^\| `CHAT_(\w+)` \| ([\w,]+) \|", README, re.MULTILINE))
-    for name, default in re.findall(r"^    (\w+)=([\w\"]+)", settings, re.MULTILINE):
+    for name, default in re.findall(r"^    \"(\w+)\": ([\w\"]+)", settings, re.MULTILINE):
         assert listed.pop(name).replace(",", "") == default.replace("_", "").replace('""', "random")
     assert not listed
 

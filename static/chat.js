@@ -117,14 +117,13 @@ function welcome(them) {
 function entry(li) {
   const { seq, from, id } = li.dataset;
   const name = from + " " + id;
+  const mine = from && from === me?.member;
+  if (mine) settle(id);
   const gap = li.classList.contains("gap"); // from here on the server counts anew
   if (!gap && (seq <= last || shown.has(name))) return li.remove();
   last = Number(seq);
   if (from) shown.add(name);
-  if (from && from === me?.member) {
-    li.classList.add("mine");
-    settle(id);
-  }
+  if (mine) li.classList.add("mine");
   for (const time of li.querySelectorAll("time")) {
     const when = new Date(time.dateTime);
     time.textContent = when.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
@@ -136,7 +135,8 @@ function verdict({ id, verdict }, why) {
   if (verdict === "confirmed") return settle(id);
   $("status").textContent = why;
   if (verdict === "later") return setTimeout(() => ((inFlight = null), pump()), 1000);
-  if (!text.value) text.value = unsent.find((message) => message.id === id)?.text || "";
+  const refused = unsent.find((message) => message.id === id);
+  if (refused) text.value = [refused.text, text.value].filter(Boolean).join("\n"); // to be changed
   settle(id);
 }
 
@@ -206,10 +206,19 @@ $("join").addEventListener("submit", (event) => {
   if (connection?.socket?.readyState === WebSocket.OPEN) hello();
   else dial();
 });
-$("leave").addEventListener("click", () => send({ leave: (leaving = true) }));
+$("leave").addEventListener("click", () => {
+  leaving = true;
+  if (joined) return send({ leave: true });
+  store.set("me", (me = null)); // not connected: the server will notice that we do not come back
+  state("closed", FINAL[1000]);
+});
 $("copy").addEventListener("click", async () => {
-  await navigator.clipboard?.writeText(link);
-  $("status").textContent = "Copied: " + link;
+  try {
+    await navigator.clipboard.writeText(link);
+    $("status").textContent = "The link is copied.";
+  } catch {
+    prompt("Copy this link:", link); // without https there is no clipboard
+  }
 });
 
 $("presence").open = innerWidth > 700;
