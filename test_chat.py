@@ -916,6 +916,7 @@ async def test_after_many_joins_and_leaves_the_server_is_where_it_was(server):
             visitor.send(leave=True)
             assert await is_closed(visitor) == 1000
             visitor.close()
+        await asyncio.sleep(0.5)  # for the last one to be gone
 
     ann = await peer(server, "Ann")  # keeps the room
     listening = asyncio.create_task(is_closed(ann))
