@@ -365,6 +365,8 @@ async def receive(code: str, outbox: asyncio.Queue, ws) -> None:
                 if silence.when() < later - limits["SILENCE"] / 10:  # not for each frame: it costs
                     silence.reschedule(later)
                 grace = limits["GRACE_LOST"]
+                if member.outbox is not outbox:
+                    continue  # evicted or taken over: it will be said again on the next connection
                 match frame:
                     case {"say": str(text), "id": str(id)} if ID.fullmatch(id):
                         say(room, member, id, text)

@@ -1278,6 +1278,67 @@ async def test_a_second_tab_of_the_same_member_takes_over(browser, server):
     await shows(ann, "another tab", "#over")
 
 
+async def test_leaving_while_the_line_is_down_is_a_leaving(browser, server):
+    async with Line(server) as line:
+        ann = await enters(await open_tab(browser, line.port, "/r/PARTY2"), "Ann")
+        bob = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Bob")
+        line.cut(up=False)
+        await ann.wait_for_selector("[data-state=reconnecting]")
+        await ann.click("#leave")
+        await shows(ann, "You have left this room", "#over")
+        line.cut(up=True)
+        await asyncio.sleep(2)  # long enough for the try that was on its way
+        assert await ann.get_attribute("#chat", "data-state") == "closed"
+        assert "Ann 2" not in await bob.inner_text("#people")
+        await ann.reload()
+        await ann.wait_for_selector("#name")  # a stranger again
+
+
+async def test_nothing_is_stuck_when_a_connection_is_replaced_while_it_opens(browser, server):
+    async with Line(server) as line:
+        ann = await enters(await open_tab(browser, line.port, "/r/PARTY2"), "Ann")
+        for number in range(5):
+            await ann.evaluate("dispatchEvent(new Event('online'))")
+            await asyncio.sleep(0.1 * number)
+            await ann.evaluate("dispatchEvent(new Event('online'))")
+            await writes(ann, f"message {number}")
+        await shows(ann, "message 4")
+        assert await messages(ann) == [f"message {number}" for number in range(5)]
+        assert await ann.locator("#unsent li").count() == 0
+
+
+async def test_the_page_says_why_the_server_says_no(browser, server):
+    server.stop()
+    server.__init__(CHAT_MEMBERS="1")
+    server.create_room("PARTY2")
+    await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    bob = await open_tab(browser, server.port, "/r/PARTY2")
+    await bob.fill("#name", "Bob")
+    await bob.press("#name", "Enter")
+    await shows(bob, "This room is full.", "#over")
+
+
+async def test_entering_twice_is_entering_once(browser, server):
+    ann = await open_tab(browser, server.port, "/r/PARTY2")
+    await ann.fill("#name", "x" * 30)
+    await ann.press("#name", "Enter")
+    await shows(ann, "at most 24", "#unusable")
+    await ann.fill("#name", "Ann")
+    await ann.evaluate(
+        "for (let i = 0; i < 3; i++) document.getElementById('join').requestSubmit()"
+    )
+    await ann.wait_for_selector("[data-state=connected]")
+    await writes(ann, "fence")
+    await shows(ann, "fence")
+
+
+async def test_half_an_emoji_does_not_end_the_talk(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    await ann.evaluate("document.getElementById('text').value = 'half \\ud83d'")
+    await ann.press("#text", "Enter")
+    await shows(ann, "half \ufffd")
+
+
 async def test_a_closed_room_says_so_and_keeps_what_was_read(browser, server):
     async with Line(server) as line:
         ann = await enters(await open_tab(browser, line.port, "/r/PARTY2"), "Ann")

@@ -20,8 +20,8 @@ let last = 0; // seq of the newest entry shown
 let unsent = store.get("unsent") || []; // [{id, text}], the oldest first
 let inFlight = null; // id of the one that waits for its echo
 let heard = Date.now(), spoke = Date.now();
-let reason = "";
-let leaving = false; // 1000 without it comes from htmx, which closes so when the page is hidden
+let wanted = ""; // the name that we have asked for
+let greeted = false; // hello has been said on this connection
 let atEnd = true; // the reader is at the end of the log
 const shown = new Set(); // "member id" of all messages shown, for those posted again after a restart
 
@@ -45,22 +45,27 @@ function dial() {
 }
 
 // A socket can be dead without knowing it, after a sleep or in another network. Tell htmx in its
-// stead, and htmx connects again, soon.
+// stead, and htmx connects again, soon. The old socket must then neither open nor close once more.
 function redial() {
-  if (!connection || chat.dataset.state === "closed") return;
+  if (!connection?.socket || connection.abortController.signal.aborted) return;
+  if (chat.dataset.state === "closed") return;
   clearTimeout(connection.timer);
   connection.attempt = 0;
-  connection.socket?.dispatchEvent(new CloseEvent("close", { code: 1006 }));
+  connection.socket.dispatchEvent(new CloseEvent("close", { code: 1006 }));
+  connection.abortController.abort();
+  connection.socket.close();
 }
 
 function send(frame) {
-  if (connection?.socket?.readyState !== WebSocket.OPEN) return;
+  if (connection?.socket?.readyState !== WebSocket.OPEN) return false;
   connection.socket.send(JSON.stringify(frame));
   spoke = Date.now();
+  return true;
 }
 
 function hello() {
-  send({ hello: me ? { token: me.token, after: last } : { name: $("name").value } });
+  if (greeted || !(me || wanted)) return;
+  greeted = send({ hello: me ? { token: me.token, after: last } : { name: wanted } });
 }
 
 chat.addEventListener("htmx:ws:before:connection", (event) => {
@@ -70,9 +75,15 @@ chat.addEventListener("htmx:ws:before:connection", (event) => {
 });
 
 chat.addEventListener("htmx:ws:after:connection", async () => {
-  connection.socket.addEventListener("close", (event) => (reason = event.reason), { capture: true });
+  clearTimeout(connection.timer);
+  joined = greeted = false;
+  inFlight = null;
+  connection.socket.addEventListener("close", ({ code, reason }) => {
+    if (chat.dataset.state === "closed" && !FINAL[code] && reason) $("why").textContent = reason;
+  });
   await connection.receiving; // frames of the old connection first: they move `last`
-  hello();
+  if (chat.dataset.state === "closed") connection.socket.close();
+  else hello();
 });
 
 chat.addEventListener("htmx:ws:before:message:incoming", () => {
@@ -83,14 +94,14 @@ chat.addEventListener("htmx:ws:before:message:incoming", () => {
 
 chat.addEventListener("htmx:ws:close", (event) => {
   const { code } = event.detail;
-  if (!code) return; // one of ours, see before:connection
   joined = false;
-  inFlight = null;
-  if (connection.config.reconnectCodes.includes(code) && !leaving)
+  if (!code || chat.dataset.state === "closed") return;
+  if (connection.config.reconnectCodes.includes(code))
     return state(me ? "reconnecting" : "outside", "Connection lost. Reconnecting…");
-  if (code === 1000 || code === 4401 || code === 4404) store.set("me", (me = null));
-  if (code === 4401 || (code === 1008 && !last)) return state("outside");
-  state("closed", FINAL[code] || reason || "The server has ended the connection.");
+  if (code === 1008 || code === 1009) takeBack(inFlight); // or it would be sent, and closed on, again
+  if (code === 4401 || code === 4404) store.set("me", (me = null));
+  if (code === 4401 || (code === 1008 && !me)) return state("outside");
+  state("closed", FINAL[code] || "The server has ended the connection.");
 });
 
 setInterval(() => {
@@ -134,10 +145,19 @@ function entry(li) {
 function verdict({ id, verdict }, why) {
   if (verdict === "confirmed") return settle(id);
   $("status").textContent = why;
-  if (verdict === "later") return setTimeout(() => ((inFlight = null), pump()), 1000);
-  const refused = unsent.find((message) => message.id === id);
-  if (refused) text.value = [refused.text, text.value].filter(Boolean).join("\n"); // to be changed
-  settle(id);
+  if (verdict === "refused") return takeBack(id);
+  setTimeout(() => {
+    if (inFlight === id) inFlight = null;
+    pump();
+  }, 1000);
+}
+
+// Put a message that was not wanted back into the box, to be changed.
+function takeBack(id) {
+  const message = unsent.find((message) => message.id === id);
+  if (message) text.value = [message.text, text.value].filter(Boolean).join("\n");
+  store.set("draft", text.value);
+  settle(id, $("status").textContent);
 }
 
 new MutationObserver((records) => {
@@ -156,11 +176,12 @@ new MutationObserver((records) => {
 // keep their order whatever the network or the server's limits do to one of them.
 function pump() {
   if (!joined || inFlight || !unsent.length) return;
-  inFlight = unsent[0].id;
-  send({ say: unsent[0].text, id: inFlight });
+  const { id, text } = unsent[0];
+  if (send({ say: text, id })) inFlight = id;
 }
 
-function settle(id) {
+function settle(id, status = "") {
+  if (chat.dataset.state === "connected") $("status").textContent = status;
   unsent = unsent.filter((message) => message.id !== id);
   if (inFlight === id) inFlight = null;
   showUnsent();
@@ -181,7 +202,7 @@ function showUnsent() {
 function say() {
   if (!text.value.trim() || chat.dataset.state === "closed") return;
   const id = [...crypto.getRandomValues(new Uint8Array(12))].map((byte) => byte.toString(36)).join("");
-  unsent.push({ id, text: text.value });
+  unsent.push({ id, text: text.value.toWellFormed?.() ?? text.value }); // half an emoji is no text
   text.value = "";
   store.set("draft", "");
   showUnsent();
@@ -202,14 +223,16 @@ text.addEventListener("keydown", (event) => {
 
 $("join").addEventListener("submit", (event) => {
   event.preventDefault();
+  wanted = $("name").value;
+  if ($("unusable").textContent) greeted = false; // that name was refused: here is another
   $("unusable").textContent = "";
   if (connection?.socket?.readyState === WebSocket.OPEN) hello();
   else dial();
 });
 $("leave").addEventListener("click", () => {
-  leaving = true;
-  if (joined) return send({ leave: true });
-  store.set("me", (me = null)); // not connected: the server will notice that we do not come back
+  send({ leave: true }); // if this is lost, the server notices that we do not come back
+  clearTimeout(connection?.timer);
+  store.set("me", (me = null));
   state("closed", FINAL[1000]);
 });
 $("copy").addEventListener("click", async () => {
