@@ -1144,6 +1144,20 @@ async def test_an_unusable_name_is_explained_and_can_be_changed(browser, server)
     await enters(ann, "Ann")
 
 
+async def test_whoever_is_faster_than_the_scripts_enters_all_the_same(browser, server):
+    page = await (await browser.new_context()).new_page()
+    page.set_default_timeout(8000)
+
+    async def late(route):
+        await asyncio.sleep(1)
+        await route.continue_()
+
+    await page.route("**/hx-ws-*.js", late)
+    await page.goto(f"http://127.0.0.1:{server.port}/r/PARTY2", wait_until="commit")
+    await page.wait_for_selector("#name:focus")  # chat.js is there, and htmx is not
+    await enters(page, "Ann")
+
+
 async def test_messages_written_while_the_line_is_down_arrive_once_and_in_order(browser, server):
     async with Line(server) as line:
         ann = await enters(await open_tab(browser, line.port, "/r/PARTY2"), "Ann")

@@ -13,6 +13,9 @@ const store = {
   set: (key, value) => sessionStorage.setItem(key + chat.dataset.code, JSON.stringify(value)),
 };
 
+const ready = new Promise((resolve) => {
+  document.addEventListener("htmx:after:process", resolve, { once: true }); // htmx has seen the page
+});
 let connection; // htmx's own: its socket, and when it tries again
 let joined = false; // the server has welcomed us on this connection
 let me = store.get("me"); // {member, token}
@@ -41,7 +44,7 @@ function state(name, sentence = "") {
 
 function dial() {
   state(me ? "connecting" : "outside", "Connecting…");
-  chat.dispatchEvent(new Event("dial"));
+  ready.then(() => chat.dispatchEvent(new Event("dial")));
 }
 
 // A socket can be dead without knowing it, after a sleep or in another network. Tell htmx in its
@@ -247,5 +250,5 @@ $("copy").addEventListener("click", async () => {
 $("presence").open = innerWidth > 700;
 text.value = store.get("draft") || "";
 showUnsent();
-if (me) document.addEventListener("htmx:after:process", dial, { once: true }); // htmx is ready then
+if (me) dial();
 else $("name").focus();
