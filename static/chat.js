@@ -13,9 +13,9 @@ const store = {
   set: (key, value) => sessionStorage.setItem(key + chat.dataset.code, JSON.stringify(value)),
 };
 
-const ready = new Promise((resolve) => {
-  document.addEventListener("htmx:after:process", resolve, { once: true }); // htmx has seen the page
-});
+// All scripts have come. On a slow line htmx may have looked at the page before hx-ws was there.
+const ready = new Promise((resolve) => document.addEventListener("DOMContentLoaded", resolve));
+ready.then(() => htmx.process(chat));
 let connection; // htmx's own: its socket, and when it tries again
 let joined = false; // the server has welcomed us on this connection
 let me = store.get("me"); // {member, token}
