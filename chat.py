@@ -508,6 +508,7 @@ async def join():
 @app.post("/r/<code>")
 async def create(code: str):
     """Open the room whose code the home page chose: a proxy can tell rooms apart by the path."""
+    await request.get_data()  # nothing is in it; but one that is too large is refused, with 413
     if not CODE.fullmatch(code) or (code in rooms and rooms[code].members):
         return await home("This code cannot be used", "Create a room to get another one.", 409)
     try:

@@ -186,6 +186,12 @@ async def test_only_a_proper_code_can_be_created(client, code):
     assert not chat.rooms
 
 
+async def test_a_request_has_a_size(client):
+    assert (await client.post("/r/KWR4TN", data=b"x" * 16_384)).status_code == 303
+    assert (await client.post("/r/KWR4TM", data=b"x" * 16_385)).status_code == 413
+    assert "KWR4TM" not in chat.rooms
+
+
 async def test_a_code_in_use_cannot_be_created_again(client, join):
     await join("Ann")
     assert (await client.post("/r/PARTY2")).status_code == 409
