@@ -255,7 +255,7 @@ class Member:
         self.port, self.code, self.name, self.luck = port, code, name, luck
         self.unsent = [f"{name}-{number}" for number in range(messages)]  # ids, the oldest first
         self.said, self.log, self.gaps = [], [], 0  # log: (seq, member id, message id)
-        self.id = self.token = self.failure = None
+        self.id = self.token = None
         self.after, self.reconnects, self.closes = 0, 0, Counter()
 
     async def live(self) -> None:
@@ -459,8 +459,7 @@ class Crowd:
         self.peers = await asyncio.gather(
             *(self.enter(number, gate) for number in range(self.size))
         )
-        seconds = time.perf_counter() - started
-        return seconds
+        return time.perf_counter() - started
 
     async def enter(self, number: int, gate: asyncio.Semaphore) -> Peer:
         async with gate:

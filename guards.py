@@ -36,7 +36,7 @@ def headers(response):
 
 
 def install(app: Quart, allowance) -> None:
-    """Put all guards in place, before serving; allowance() counts the frames of one connection."""
+    """Put all guards in place, before serving; allowance() bounds pings and fragments, see Stream."""
     app.after_request(headers)
     # Off: permessage-deflate. It takes 257 KiB instead of 41 for each connection, and 20 bombs
     # of 260 KB took 5.2 GB. Can go when Hypercorn has a setting (its issue 307).
@@ -138,8 +138,10 @@ class Stream(ws_stream.WSStream):
         for event in self.connection.events():
             if self.closed:
                 return
-            part = isinstance(event, Message) and not event.frame_finished
-            if not part and not self.frames.take():
+            # Messages are counted where they are read; this is what the application never sees.
+            fragment = isinstance(event, Message) and event.frame_finished > event.message_finished
+            unseen = fragment or not isinstance(event, Message)
+            if unseen and not self.frames.take():
                 return await self.drop(CloseConnection(code=1008, reason="Too many frames."))
             if isinstance(event, Message):
                 if self.buffer.length + len(event.data) > self.buffer.max_length:

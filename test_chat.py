@@ -887,6 +887,17 @@ async def test_a_ping_is_answered_and_a_flood_of_pings_is_not(server):
     await hears(bob, "undisturbed")
 
 
+async def test_who_floods_on_the_wire_has_left(server):
+    server.stop()
+    server.__init__(CHAT_FRAME_RATE="10", CHAT_FRAME_BURST="60")
+    server.create_room("PARTY2")
+    ann, bob = await peer(server, "Ann"), await peer(server, "Bob")
+    for _ in range(100):
+        ann.send(here=1)
+    assert await is_closed(ann) == 1008
+    await hears(bob, "Ann left")
+
+
 async def test_a_frame_over_the_limit_is_not_even_buffered(server):
     ann = await peer(server, "Ann")
     before = server.memory()

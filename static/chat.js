@@ -4,7 +4,7 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const chat = $("chat"), log = $("log"), text = $("text"), scroller = $("scroller");
+const chat = $("chat"), text = $("text"), scroller = $("scroller");
 const link = location.origin + location.pathname;
 
 // One tab is one member: sessionStorage survives a reload and is not shared with other tabs.
