@@ -62,15 +62,19 @@ class Server:
     """A real server on a free port of the loopback, in a process of its own."""
 
     def __init__(self, program=SABOTAGE[""], core=None, end=signal.SIGTERM, **settings):
-        self.end = end
+        self.program, self.core, self.end = program, core, end
+        self.start(**settings)
+
+    def start(self, **settings) -> None:
+        """Start it, also again after stop, with these settings instead of those before."""
         self.process = subprocess.Popen(
-            [sys.executable, "-c", program, "--port", "0"],
+            [sys.executable, "-c", self.program, "--port", "0"],
             stdout=subprocess.PIPE,
             cwd=HERE,
             env=os.environ | FREE | settings,
         )
-        if core is not None:
-            os.sched_setaffinity(self.process.pid, {core})
+        if self.core is not None:
+            os.sched_setaffinity(self.process.pid, {self.core})
         self.banner = self.process.stdout.readline().decode()
         self.port = int(re.search(r":(\d+)", self.banner)[1])
 

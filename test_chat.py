@@ -875,7 +875,7 @@ async def test_compression_is_not_negotiated(server):
 
 async def test_a_ping_is_answered_and_a_flood_of_pings_is_not(server):
     server.stop()
-    server.__init__(CHAT_FRAME_RATE="10", CHAT_FRAME_BURST="60")
+    server.start(CHAT_FRAME_RATE="10", CHAT_FRAME_BURST="60")
     server.create_room("PARTY2")
     ann, bob = await peer(server, "Ann"), await peer(server, "Bob")
     ann.send_bytes(b"hi", opcode=0x89)
@@ -889,7 +889,7 @@ async def test_a_ping_is_answered_and_a_flood_of_pings_is_not(server):
 
 async def test_who_floods_on_the_wire_has_left(server):
     server.stop()
-    server.__init__(CHAT_FRAME_RATE="10", CHAT_FRAME_BURST="60")
+    server.start(CHAT_FRAME_RATE="10", CHAT_FRAME_BURST="60")
     server.create_room("PARTY2")
     ann, bob = await peer(server, "Ann"), await peer(server, "Bob")
     for _ in range(100):
@@ -1221,7 +1221,7 @@ async def test_what_was_not_confirmed_before_a_reload_is_sent_after_it(browser, 
 
 async def test_a_message_whose_echo_was_lost_in_a_restart_is_shown_once(browser, server):
     server.stop()
-    server.__init__(CHAT_SECRET="kept")
+    server.start(CHAT_SECRET="kept")
     server.create_room("PARTY2")
     async with Line(server) as line, Line(server) as other:
         ann = await enters(await open_tab(browser, line.port, "/r/PARTY2"), "Ann")
@@ -1231,7 +1231,7 @@ async def test_a_message_whose_echo_was_lost_in_a_restart_is_shown_once(browser,
         await shows(bob, "said once")  # and Ann does not know it
         server.stop()
         line.silent = set()
-        server.__init__(CHAT_SECRET="kept")
+        server.start(CHAT_SECRET="kept")
         await shows(ann, "said once")
         await writes(bob, "fence")
         await shows(ann, "fence")
@@ -1253,7 +1253,7 @@ async def test_a_connection_that_breaks_again_and_again_loses_nothing(browser, s
 
 async def test_a_server_that_has_gone_silent_is_noticed(browser, server):
     server.stop()
-    server.__init__(CHAT_BEAT="1")
+    server.start(CHAT_BEAT="1")
     server.create_room("PARTY2")
     async with Line(server) as line:
         ann = await enters(await open_tab(browser, line.port, "/r/PARTY2"), "Ann")
@@ -1290,7 +1290,7 @@ async def test_the_back_button_leads_back_into_the_talk(browser, server):
 
 async def test_closing_the_tab_is_a_leaving_after_a_moment(browser, server):
     server.stop()
-    server.__init__(CHAT_GRACE_CLOSED="1")
+    server.start(CHAT_GRACE_CLOSED="1")
     server.create_room("PARTY2")
     ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
     bob = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Bob")
@@ -1340,7 +1340,7 @@ async def test_nothing_is_stuck_when_a_connection_is_replaced_while_it_opens(bro
 
 async def test_the_page_says_why_the_server_says_no(browser, server):
     server.stop()
-    server.__init__(CHAT_MEMBERS="1")
+    server.start(CHAT_MEMBERS="1")
     server.create_room("PARTY2")
     await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
     bob = await open_tab(browser, server.port, "/r/PARTY2")
@@ -1376,14 +1376,14 @@ async def test_a_closed_room_says_so_and_keeps_what_was_read(browser, server):
         await writes(ann, "to be read")
         await shows(ann, "to be read")
         server.stop()
-        server.__init__()  # without the secret of the first one, the room cannot be opened again
+        server.start()  # without the secret of the first one, the room cannot be opened again
         await shows(ann, "This room has closed", "#over")
         assert await messages(ann) == ["to be read"]
 
 
 async def test_after_a_restart_the_talk_goes_on(browser, server):
     server.stop()
-    server.__init__(CHAT_SECRET="kept")
+    server.start(CHAT_SECRET="kept")
     server.create_room("PARTY2")
     async with Line(server) as line:
         ann = await enters(await open_tab(browser, line.port, "/r/PARTY2"), "Ann")
@@ -1393,7 +1393,7 @@ async def test_after_a_restart_the_talk_goes_on(browser, server):
         server.stop()
         await ann.wait_for_selector("[data-state=reconnecting]")
         await writes(ann, "while it is down")
-        server.__init__(CHAT_SECRET="kept")
+        server.start(CHAT_SECRET="kept")
         await shows(bob, "while it is down")
         await shows(ann, "while it is down")
         for page in (ann, bob):
