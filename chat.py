@@ -21,6 +21,7 @@ The words:
 import argparse
 import asyncio
 import json
+import logging
 import os
 import re
 import secrets
@@ -29,9 +30,10 @@ import socket
 import sys
 import time
 import unicodedata
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 
 try:
     from hypercorn.asyncio import serve
@@ -43,40 +45,52 @@ try:
     import guards
 except ModuleNotFoundError as missing:
     sys.exit(f"The package {missing.name} is missing. Install it: pip install -r requirements.txt")
+except ImportError as moved:  # something that guards.py needs
+    sys.exit(f"{moved.msg}. Install the right version: pip install -r requirements.txt")
 
 # ── Limits ── each can be set in the environment, as in CHAT_MEMBERS=40 python chat.py ───────────
 
 app = Quart(__name__)
 limits = app.config
-SETTINGS = {
-    "MESSAGE_LENGTH": 2_000,  # characters
-    "MESSAGE_RATE": 2,  # messages a second and member, after a burst of
-    "MESSAGE_BURST": 10,
-    "FRAME_BYTES": 16_384,
-    "FRAME_RATE": 10,  # frames of any kind a second and connection, after a burst of
-    "FRAME_BURST": 60,
-    "NAME_LENGTH": 24,  # characters
-    "MEMBERS": 250,  # in one room, those who are reconnecting included
-    "ROOMS": 1_000,
-    "SOCKETS": 2_000,
-    "HISTORY": 200,  # entries that a room remembers, as long as they have no more bytes than
-    "HISTORY_BYTES": 262_144,
-    "OUTBOX": 64,  # batches that may wait for a slow member
-    "FRAMES_PER_SECOND": 12_000,  # to all members of a room together, see flush
-    "JOIN_DEADLINE": 10,  # seconds to say hello
-    "BEAT": 20,  # seconds from one heartbeat to the next
-    "SILENCE": 50,  # seconds without a frame from a connection before it counts as lost
-    "GRACE_CLOSED": 5,  # seconds to come back after closing the page: a reload is no leaving
-    "GRACE_LOST": 120,  # seconds to come back after losing the connection: phones freeze tabs
-    "UNENTERED": 600,  # seconds that a room waits for its first member
-    "BODY_BYTES": 16_384,  # of an HTTP request
-    "SECRET": "",  # signs the members' tokens; empty: a new one at each start
+SETTINGS = {  # the default, and what it limits
+    "MESSAGE_LENGTH": (2_000, "characters of a message"),
+    "MESSAGE_RATE": (2, "messages a second and member; after too many more, 1008"),
+    "MESSAGE_BURST": (10, "messages at once, before that rate counts"),
+    "FRAME_BYTES": (16_384, "bytes of a frame from a browser"),
+    "FRAME_RATE": (10, "frames of any kind a second and connection; after more, 1008"),
+    "FRAME_BURST": (60, "frames at once, before that rate counts"),
+    "NAME_LENGTH": (24, "characters of a name"),
+    "MEMBERS": (250, "members of a room, those who are reconnecting included"),
+    "SOCKETS": (2_000, "connections in all"),
+    "SOCKETS_PER_ADDRESS": (250, "connections from one address (a class sits behind one)"),
+    "ROOMS": (1_000, "rooms"),
+    "NEW_ROOM_RATE": (10, "rooms that one address can create in a minute"),
+    "NEW_ROOM_BURST": (30, "rooms at once, before that rate counts"),
+    "WRONG_CODES": (10, "wrong codes in ten minutes from one address"),
+    "WRONG_CODES_IN_ALL": (100, "wrong codes in a minute from all addresses together"),
+    "HISTORY": (200, "entries that a room remembers"),
+    "HISTORY_BYTES": (262_144, "bytes of those entries"),
+    "OUTBOX": (64, "batches that may wait for one slow member"),
+    "FRAMES_PER_SECOND": (12_000, "the pace of a room: frames to all its members together"),
+    "JOIN_DEADLINE": (10, "seconds to say a usable hello"),
+    "BEAT": (20, "seconds from one heartbeat to the next"),
+    "SILENCE": (50, "seconds without a frame until a connection counts as lost"),
+    "GRACE_CLOSED": (5, "seconds to come back after closing the page: a reload is no leaving"),
+    "GRACE_LOST": (120, "seconds to come back after losing the connection: phones freeze tabs"),
+    "UNENTERED": (600, "seconds that a room waits for its first member"),
+    "BODY_BYTES": (16_384, "bytes of an HTTP request's body"),
+    "PROXIES": (0, "proxies in front, whose X-Forwarded-For and -Proto are believed"),
+    "ORIGINS": ("", "other origins whose pages may connect, with commas between them"),
+    "SECRET": ("", "signs the tokens; empty: a new one at each start, and nobody can come back"),
 }
-limits.from_mapping(SETTINGS)
+limits.from_mapping({name: default for name, (default, _) in SETTINGS.items()})
 limits.from_prefixed_env("CHAT")
 limits["SECRET"] = str(limits["SECRET"] or secrets.token_hex())
 limits["MAX_CONTENT_LENGTH"] = limits["BODY_BYTES"]  # what Quart calls it
 
+app.jinja_env.globals["integrity"] = guards.integrity
+
+log = logging.getLogger("chat")  # closes, limits reached, errors; no message, name, code or token
 RUN = secrets.token_hex(4)  # this run of the program; a token that names another is older
 ALPHABET = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # of room codes, which are read out: no 0 O 1 I L
 CODE = re.compile(f"[{ALPHABET}]{{6}}")
@@ -97,22 +111,55 @@ class Close(Exception):
 
 
 class Allowance:
-    """Counts events: so many at once as the limit's BURST says, then its RATE a second.
+    """Counts events: so many at once as `burst` says, then `rate` a second.
 
     This is the token bucket: it fills by the rate, and every event takes one out.
     """
 
-    def __init__(self, limit: str):
-        self.rate, self.burst = limits[f"{limit}_RATE"], limits[f"{limit}_BURST"]
-        self.left, self.checked = self.burst, time.monotonic()
+    __slots__ = "burst", "checked", "rate", "tokens"
+
+    def __init__(self, rate: float, burst: float):
+        self.rate, self.burst = rate, burst
+        self.tokens, self.checked = burst, time.monotonic()
+
+    def has(self) -> bool:
+        now = time.monotonic()
+        self.tokens = min(self.burst, self.tokens + (now - self.checked) * self.rate)
+        self.checked = now
+        return self.tokens >= 1
 
     def take(self) -> bool:
-        now = time.monotonic()
-        self.left = min(self.burst, self.left + (now - self.checked) * self.rate)
-        self.checked = now
-        allowed = self.left >= 1
-        self.left -= allowed
+        allowed = self.has()
+        self.tokens -= allowed
         return allowed
+
+
+def allowance(limit: str, seconds: float = 1) -> Allowance:
+    """Return the allowance of a limit that has a BURST, and a RATE for so many seconds."""
+    return Allowance(limits[f"{limit}_RATE"] / seconds, limits[f"{limit}_BURST"])
+
+
+# By address. The caches bound the memory: who has long done nothing is forgotten first.
+@lru_cache(10_000)
+def new_rooms(address: str) -> Allowance:
+    return allowance("NEW_ROOM", seconds=60)
+
+
+@lru_cache(10_000)
+def wrong_codes(address: str) -> Allowance:
+    if address == "all":
+        return Allowance(limits["WRONG_CODES_IN_ALL"] / 60, limits["WRONG_CODES_IN_ALL"])
+    return Allowance(limits["WRONG_CODES"] / 600, limits["WRONG_CODES"])
+
+
+def log_limit(limit: str) -> None:
+    """Log that this client has reached a limit; once an hour, or an attack would fill the disk."""
+    log_once("%s has reached the limit CHAT_%s", guards.address(), limit, time.time() // 3600)
+
+
+@lru_cache(10_000)
+def log_once(sentence: str, *values) -> None:
+    log.warning(sentence, *values[:2])
 
 
 # ── State ── all of it; only the functions of the next part change it ────────────────────────────
@@ -126,8 +173,8 @@ class Member:
     outbox: asyncio.Queue | None = None  # None while reconnecting
     skip: int = 0  # so many of room.pending are in the snapshot that it was given
     grace: asyncio.TimerHandle | None = None  # runs while reconnecting
-    messages: Allowance = field(default_factory=lambda: Allowance("MESSAGE"))
-    refusals: Allowance = field(default_factory=lambda: Allowance("MESSAGE"))
+    messages: Allowance = field(default_factory=lambda: allowance("MESSAGE"))
+    refusals: Allowance = field(default_factory=lambda: allowance("MESSAGE"))
 
 
 @dataclass(eq=False, slots=True)
@@ -148,7 +195,9 @@ class Room:
 
 
 rooms: dict[str, Room] = {}
+closed: deque[str] = deque(maxlen=1_000)  # codes of the rooms that have closed, the latest last
 outboxes: set[asyncio.Queue] = set()  # of all connections, joined or not
+sockets: Counter[str] = Counter()  # connections by address
 stopping = asyncio.Event()
 
 # Fragments are rendered where nothing may await, so by a template engine that does not.
@@ -167,9 +216,32 @@ def open_room(code: str) -> Room:
     """
     if len(rooms) >= limits["ROOMS"]:
         raise Close(4503, "There are too many rooms. Try again later.")
-    unentered = asyncio.get_running_loop().call_later(limits["UNENTERED"], rooms.pop, code, None)
+    unentered = asyncio.get_running_loop().call_later(limits["UNENTERED"], close_room, code)
     room = rooms[code] = Room(code, unentered, seq=time.time_ns() // 1_000_000)
     return room
+
+
+def close_room(code: str) -> None:
+    del rooms[code]
+    closed.append(code)
+
+
+def find_room(code: str) -> Room | None:
+    """Return the room with this code, if there is one; Close 1008 after too many wrong codes.
+
+    Then even for a right code, or whoever tries them all would still find the rooms. Codes of rooms
+    that have closed are not counted: a class that reloads its pages is not guessing.
+    """
+    address = guards.address()
+    guesses = {"WRONG_CODES": wrong_codes(address), "WRONG_CODES_IN_ALL": wrong_codes("all")}
+    for limit, guess in guesses.items():
+        if not guess.has():
+            log_limit(limit)
+            raise Close(1008, "Too many wrong codes have been tried. Try again in ten minutes.")
+    if code not in rooms and code not in closed:
+        for guess in guesses.values():
+            guess.take()
+    return rooms.get(code)
 
 
 def enter(room: Room, member: Member, outbox: asyncio.Queue, after: int) -> None:
@@ -210,7 +282,7 @@ def leave(room: Room, member: Member) -> None:
     post(room, fragments.notice, text=f"{member.name} left")
     wake(room, presence=True)
     if not room.members:
-        del rooms[room.code]
+        close_room(room.code)
 
 
 def say(room: Room, member: Member, id: str, text: str) -> None:
@@ -307,15 +379,23 @@ async def connection(code: str) -> None:
     longer speak is worse than one that is gone.
     """
     ws = websocket._get_current_object()  # what `websocket` stands for, looked up once
+    if not guards.same_origin():
+        log_limit("ORIGINS")
+        return "This page may not connect here.", 403
     end = Close(1011, "The server has made a mistake.")
+    address = guards.address()
     await ws.accept()  # even to say no: a browser shows the code of a close, but not of a refusal
     outbox = asyncio.Queue(limits["OUTBOX"])
     outboxes.add(outbox)
+    sockets[address] += 1
     try:
         if stopping.is_set():
             raise Close(1012, "The server restarts.")
         if len(outboxes) > limits["SOCKETS"]:
             raise Close(4503, "This server is full. Try again later.")
+        if sockets[address] > limits["SOCKETS_PER_ADDRESS"]:
+            log_limit("SOCKETS_PER_ADDRESS")
+            raise Close(4503, "There are too many connections from your network.")
         async with asyncio.TaskGroup() as both:
             both.create_task(relay(outbox, ws))
             both.create_task(receive(code, outbox, ws))
@@ -324,7 +404,7 @@ async def connection(code: str) -> None:
     except* OSError:
         pass  # the network has given up
     except* Exception as errors:
-        app.logger.error("A connection failed", exc_info=errors)
+        log.error("A connection failed", exc_info=errors)
     finally:
         try:
             # Always with a code: without, it would be 1000, and nobody would come back.
@@ -333,6 +413,9 @@ async def connection(code: str) -> None:
             pass  # the network has given up
         finally:
             outboxes.discard(outbox)
+            sockets[address] -= 1
+            if not sockets[address]:
+                del sockets[address]
 
 
 async def relay(outbox: asyncio.Queue, ws) -> None:
@@ -350,7 +433,7 @@ async def relay(outbox: asyncio.Queue, ws) -> None:
 
 async def receive(code: str, outbox: asyncio.Queue, ws) -> None:
     """Read frames and act on them: a hello, then the rest, until the connection ends."""
-    frames = Allowance("FRAME")
+    frames = allowance("FRAME")
     try:
         async with asyncio.timeout(limits["JOIN_DEADLINE"]):
             room, member = await hello(code, outbox, ws, frames)
@@ -407,19 +490,23 @@ def admit(code: str, frame: dict, outbox: asyncio.Queue) -> tuple[Room, Member]:
     signer = URLSafeSerializer(limits["SECRET"], salt="member")
     match frame:
         case {"hello": {"name": str(raw)}}:
-            home, run, id, name, after = code, RUN, secrets.token_hex(8), usable_name(raw), 0
+            run, id, name, after = RUN, secrets.token_hex(8), usable_name(raw), 0
+            room = find_room(code)
         case {"hello": {"token": str(token), "after": int(after)}}:
             try:
                 home, run, id, name, _ = signer.loads(token)
             except BadSignature:
-                home, run = None, RUN
+                home = None
+            if home == code:  # it has been here, and is not guessing
+                room = rooms.get(code)
+                if not room and run != RUN and code not in closed:
+                    room = open_room(code)  # nobody has left it: it was a restart
+            elif room := find_room(code):
+                raise Close(4401, "You were not in this room. Give your name again.")
         case _:
             raise Close(1008, "The first frame has to be a hello.")
-    if code not in rooms and run == RUN:  # in this run it was open: so it has closed since
+    if not room:
         raise Close(4404, "There is no such room, or it has closed.")
-    if home != code:
-        raise Close(4401, "You were not in this room. Give your name again.")
-    room = rooms.get(code) or open_room(code)
     member = room.members.get(id)
     if not member:
         if len(room.members) >= limits["MEMBERS"]:
@@ -510,7 +597,11 @@ async def create(code: str):
     """Open the room whose code the home page chose: a proxy can tell rooms apart by the path."""
     await request.get_data()  # nothing is in it; but one that is too large is refused, with 413
     if not CODE.fullmatch(code) or (code in rooms and rooms[code].members):
+        wrong_codes(guards.address()).take()  # or guessing would be free of charge here
         return await home("This code cannot be used", "Create a room to get another one.", 409)
+    if not new_rooms(guards.address()).take():
+        log_limit("NEW_ROOM_RATE")
+        return await home("Too many rooms", "Your network has created many. Wait a minute.", 429)
     try:
         room = rooms.get(code) or open_room(code)  # there already after a double click
     except Close as full:
@@ -520,10 +611,13 @@ async def create(code: str):
 
 @app.get("/r/<code>")
 async def room_page(code: str):
-    if code in rooms:
-        return await render_template("room.html", code=code, limits=limits)
     if code != code.upper() and CODE.fullmatch(code.upper()):
         return redirect(f"/r/{code.upper()}", 303)
+    try:
+        if find_room(code):
+            return await render_template("room.html", code=code, limits=limits)
+    except Close as guessing:
+        return await home("Too many wrong codes", guessing.args[1], 429)
     text = "Nobody has created it, or its last member has left. Check the code, or create a room."
     return await home("There is no such room", text, 404)
 
@@ -533,6 +627,14 @@ async def healthz():
     """Count, without codes or names."""
     members = sum(len(room.members) for room in rooms.values())
     return {"rooms": len(rooms), "members": members, "connections": len(outboxes)}
+
+
+def log_exception(error) -> None:
+    """Quart would log the path as well, and with it the code."""
+    log.error("A request failed", exc_info=error)
+
+
+app.log_exception = log_exception
 
 
 @app.errorhandler(HTTPException)
@@ -559,11 +661,11 @@ async def run(listener: socket.socket) -> None:
             await asyncio.sleep(0.05 if outboxes else 0)
 
     heart = asyncio.create_task(beat())
-    guards.install(app, lambda: Allowance("FRAME"))
+    guards.install(app, lambda: allowance("FRAME"))
     config = Config()
     config.bind = [f"fd://{listener.detach()}"]
     config.websocket_max_message_size = limits["FRAME_BYTES"]
-    config.loglevel = "WARNING"
+    config.loglevel, config.include_server_header = "WARNING", False
     await serve(app, config, shutdown_trigger=stopped)
     heart.cancel()
 
@@ -582,16 +684,27 @@ async def beat() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A room chat on WebSockets.")
+    parser = argparse.ArgumentParser(
+        description="A room chat on WebSockets.",
+        epilog="settings, in the environment:\n"
+        + "\n".join(
+            f"  CHAT_{n} ({default or 'not set'}): {what}"
+            for n, (default, what) in SETTINGS.items()
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--host", default="127.0.0.1", help="where to listen; 0.0.0.0: everywhere")
     parser.add_argument("--port", default=8000, type=int)
     host, port = vars(parser.parse_args()).values()
-    for name in os.environ:
-        setting = name.removeprefix("CHAT_")
-        if setting != name and setting not in SETTINGS:
-            parser.error(f"{name}, in the environment, is not a setting")
-        if setting != name and setting != "SECRET" and not isinstance(limits[setting], int | float):
-            parser.error(f"{name}, in the environment, has to be a number")
+    for variable in os.environ:
+        name = variable.removeprefix("CHAT_")
+        if name != variable and name not in SETTINGS:
+            parser.error(f"{variable}, in the environment, is not a setting")
+        if name != variable and not (
+            isinstance(SETTINGS[name][0], str) or isinstance(limits[name], int | float)
+        ):
+            parser.error(f"{variable}, in the environment, has to be a number")
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=1024)

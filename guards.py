@@ -5,20 +5,26 @@ happens without it, and when it can go.
 """
 
 import asyncio
+import base64
+import hashlib
+import re
 import socket
 import struct
 from contextlib import suppress
 from functools import lru_cache
+from ipaddress import ip_address, ip_network
+from pathlib import Path
 
 from hypercorn.asyncio import run as serving
 from hypercorn.asyncio import tcp_server
 from hypercorn.protocol import h2, h11, ws_stream
 from hypercorn.protocol.events import Data, StreamClosed
-from quart import Quart
+from quart import Quart, Request, Response, current_app, has_websocket_context, request, websocket
 from quart.asgi import ASGIWebsocketConnection
 from quart.wrappers import Websocket
 from wsproto.events import CloseConnection, Message, Ping
 
+FITS = "hypercorn==0.18.0, quart==0.22.0 and wsproto==1.3.2, as in requirements.txt"
 HEADERS = {  # with these, MDN's HTTP Observatory gives A+
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -29,25 +35,109 @@ HEADERS = {  # with these, MDN's HTTP Observatory gives A+
 }
 
 
-def headers(response):
+@lru_cache(32)
+def digest(path: Path, changed: float) -> str:
+    return "sha384-" + base64.b64encode(hashlib.sha384(path.read_bytes()).digest()).decode()
+
+
+def integrity(name: str) -> str:
+    """Return the digest of a static file, without which the browser is not to run it."""
+    path = Path(current_app.static_folder, name)
+    return digest(path, path.stat().st_mtime)
+
+
+def headers(response: Response | None) -> Response | None:
     """Forbid browsers all that the pages do not need, above all scripts that are not ours."""
+    if response is None:  # of a WebSocket, unless it has been refused
+        return None
     response.headers.update(HEADERS)
+    if scheme() == "https":
+        response.headers["Strict-Transport-Security"] = "max-age=31536000"
+    # A static file is asked for with a part of its digest; when it changes, so does its address.
+    file = client().endpoint == "static" and response.status_code == 200
+    kept = file and client().args.get("v") == integrity(client().view_args["filename"])[7:15]
+    response.headers["Cache-Control"] = "max-age=31536000, immutable" if kept else "no-store"
     return response
+
+
+def client() -> Request | Websocket:
+    """Return whom we are serving: a request, or a WebSocket, which starts as one."""
+    return websocket if has_websocket_context() else request
+
+
+def address() -> str:
+    """Return the address by which limits count: the peer's or, behind proxies, what they say.
+
+    Each proxy appends the address of its own peer to X-Forwarded-For; what stands before those
+    anybody can make up. IPv6 is counted by /64: that is what one household gets.
+    """
+    proxies = int(current_app.config["PROXIES"])
+    told = ",".join(client().headers.getlist("X-Forwarded-For")).split(",")
+    peer = (client().scope.get("client") or ("",))[0]
+    try:
+        address = ip_address(told[-proxies].strip() if 0 < proxies <= len(told) else peer)
+    except ValueError:
+        return "unknown"
+    if address.version == 6:
+        address = address.ipv4_mapped or ip_network((address, 64), strict=False)
+    return str(address)
+
+
+def scheme() -> str:
+    """Return http or https, as the browser sees it: a proxy may speak TLS in our stead."""
+    told = client().headers.get("X-Forwarded-Proto") if current_app.config["PROXIES"] else None
+    return {"ws": "http", "wss": "https"}.get(told or client().scheme, told or client().scheme)
+
+
+def same_origin() -> bool:
+    """Whether the page that opens this WebSocket is ours, or listed in CHAT_ORIGINS.
+
+    Without, every page on the internet could do so from its visitors' browsers. Origin is the one
+    header that a page cannot choose; a program has to send it, too.
+    """
+    origins = current_app.config["ORIGINS"].replace(",", " ").split()
+    if host := client().headers.get("Host"):
+        origins.append(f"{scheme()}://{host}")
+    return plain(client().headers.get("Origin", "")) in map(plain, origins)
+
+
+def plain(origin: str) -> str:
+    """Return an origin as browsers write it: in lower case, and without the scheme's own port."""
+    return re.sub("^(http://.+):80$|^(https://.+):443$", r"\1\2", origin.lower())
 
 
 def install(app: Quart, allowance) -> None:
     """Put all guards in place, before serving; allowance() bounds pings and fragments, see Stream."""
     app.after_request(headers)
+    app.after_websocket(headers)
     # Off: permessage-deflate. It takes 257 KiB instead of 41 for each connection, and 20 bombs
     # of 260 KB took 5.2 GB. Can go when Hypercorn has a setting (its issue 307).
-    ws_stream.server_extensions_handshake = lambda requested, supported: None
+    replace(ws_stream, "server_extensions_handshake", lambda requested, supported: None)
     # One read must not hide thousands of tiny frames.
-    tcp_server.MAX_RECV = 4096
+    replace(tcp_server, "MAX_RECV", 4096)
     Stream.allowance = staticmethod(allowance)
-    h11.WSStream = h2.WSStream = Stream
-    serving.TCPServer = Server
-    app.asgi_websocket_class = Connection
-    app.websocket_class = Socket
+    for place, name, guard in (
+        (h11, "WSStream", Stream),
+        (h2, "WSStream", Stream),
+        (serving, "TCPServer", Server),
+        (app, "asgi_websocket_class", Connection),
+        (app, "websocket_class", Socket),
+    ):
+        for method in vars(guard).keys() - {"__module__", "__doc__", "allowance", "drop"}:
+            check(guard.__base__, method)
+        replace(place, name, guard)
+
+
+def replace(place, name: str, value) -> None:
+    """Set what Hypercorn or Quart has under this name; without it, the guard would be in vain."""
+    check(place, name)
+    setattr(place, name, value)
+
+
+def check(place, name: str) -> None:
+    if not hasattr(place, name):
+        place = getattr(place, "__qualname__", getattr(place, "__name__", place))
+        raise SystemExit(f"{place} has no {name}: guards.py does not fit. Install {FITS}.")
 
 
 def harden(listener: socket.socket) -> None:

@@ -5,7 +5,9 @@ network can do to it is tried on a real server, and the page in a real browser.
 """
 
 import asyncio
+import base64
 import errno
+import hashlib
 import html
 import json
 import os
@@ -22,12 +24,14 @@ from urllib.request import urlopen
 import markupsafe
 import pytest
 from playwright.async_api import async_playwright
-from quart.testing.connections import WebsocketDisconnectError
+from quart.testing.connections import WebsocketDisconnectError, WebsocketResponseError
 
 import bench_chat
 import chat
+import guards
 
 limits = chat.limits
+OURS = {"Origin": "http://localhost"}  # what the page of the test client sends
 
 
 class Actor:
@@ -35,7 +39,7 @@ class Actor:
 
     def __init__(self, code: str):
         self.code = code
-        self.socket = chat.app.test_client().websocket(f"/r/{code}/ws")
+        self.socket = chat.app.test_client().websocket(f"/r/{code}/ws", headers=OURS)
         self.unread, self.sent = "", 0
         self.id = self.token = self.name = None
 
@@ -84,10 +88,18 @@ class Actor:
         return chat.rooms[self.code].seq
 
 
+@pytest.fixture(autouse=True)
+def forget():
+    """Begin each test with a server that knows nobody."""
+    chat.rooms.clear()
+    chat.closed.clear()
+    for cache in (chat.new_rooms, chat.wrong_codes, chat.log_once):
+        cache.cache_clear()
+
+
 @pytest.fixture
 async def tab():
     """Open tabs in the room PARTY2, or another: `await tab()`."""
-    chat.rooms.clear()
     open_tabs = []
 
     async def open_tab(code: str = "PARTY2") -> Actor:
@@ -118,7 +130,6 @@ async def join(tab):
 
 @pytest.fixture
 def client():
-    chat.rooms.clear()
     return chat.app.test_client()
 
 
@@ -795,6 +806,196 @@ async def test_the_token_is_known_to_its_member_only(join):
     assert ann.token != bob.token
 
 
+@pytest.mark.parametrize(
+    ("origin", "host", "allowed"),
+    [
+        ("http://chat.example", "chat.example", True),
+        ("http://chat.example:8000", "chat.example:8000", True),
+        ("http://chat.example", "chat.example:80", True),
+        ("HTTP://Chat.Example", "chat.EXAMPLE", True),
+        ("http://[::1]:8000", "[::1]:8000", True),
+        ("https://friends.example", "chat.example", True),  # is listed in CHAT_ORIGINS
+        ("http://friends.example", "chat.example", False),
+        ("https://chat.example", "chat.example", False),
+        ("http://chat.example:8000", "chat.example", False),
+        ("http://chat.example", "chat.example:8000", False),
+        ("http://evil.example", "chat.example", False),
+        ("http://chat.example.evil.example", "chat.example", False),
+        ("http://evilchat.example", "chat.example", False),
+        ("http://chat.example/", "chat.example", False),
+        ("http://chat.example@evil.example", "chat.example", False),
+        ("ws://chat.example", "chat.example", False),
+        ("chat.example", "chat.example", False),
+        ("http://", "", False),
+        ("null", "chat.example", False),
+        ("null", "null", False),
+        ("", "chat.example", False),
+        ("%00", "chat.example", False),
+        (None, "chat.example", False),
+    ],
+)
+async def test_only_our_own_pages_may_connect(monkeypatch, origin, host, allowed):
+    monkeypatch.setitem(limits, "ORIGINS", "https://friends.example, https://b.example:444")
+    headers = {"Host": host} | ({"Origin": origin} if origin is not None else {})
+    chat.open_room("PARTY2")
+    socket = chat.app.test_client().websocket("/r/PARTY2/ws", headers=headers)
+    await socket.__aenter__()
+    await socket.send_json({"hello": {"name": "Ann"}})
+    if allowed:
+        assert "You are" in await socket.receive()
+    else:
+        with pytest.raises(WebsocketResponseError) as refused:
+            await socket.receive()
+        assert refused.value.response.status_code == 403
+    await socket.__aexit__(None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("proxies", "peer", "told", "address"),
+    [
+        (0, "192.0.2.1", None, "192.0.2.1"),
+        (0, "192.0.2.1", "198.51.100.1", "192.0.2.1"),  # anybody can say so
+        (1, "127.0.0.1", "198.51.100.1", "198.51.100.1"),
+        (1, "127.0.0.1", "203.0.113.9, 198.51.100.1", "198.51.100.1"),
+        (2, "127.0.0.1", "203.0.113.9, 198.51.100.1", "203.0.113.9"),
+        (2, "127.0.0.1", "made up, 203.0.113.9, 198.51.100.1", "203.0.113.9"),
+        (2, "127.0.0.1", "198.51.100.1", "127.0.0.1"),  # fewer than there should be
+        (1, "127.0.0.1", "<script>", "unknown"),
+        (1, "127.0.0.1", "", "unknown"),
+        (0, "2001:db8:1:2:3:4:5:6", None, "2001:db8:1:2::/64"),
+        (0, "::ffff:192.0.2.1", None, "192.0.2.1"),
+        (1, "127.0.0.1", "2001:db8:1:2::99", "2001:db8:1:2::/64"),
+    ],
+)
+async def test_addresses_are_believed_only_from_our_own_proxies(
+    monkeypatch, proxies, peer, told, address
+):
+    monkeypatch.setitem(limits, "PROXIES", proxies)
+    headers = {} if told is None else {"X-Forwarded-For": told}
+    scope = {"client": (peer, 50_000)}
+    async with chat.app.test_request_context("/", headers=headers, scope_base=scope):
+        assert guards.address() == address
+
+
+async def test_behind_a_proxy_that_speaks_tls_our_pages_are_https(monkeypatch):
+    headers = {"X-Forwarded-Proto": "https", "Host": "chat.example"}
+    headers["Origin"] = "https://chat.example"
+    for proxies, allowed in ((0, False), (1, True)):
+        monkeypatch.setitem(limits, "PROXIES", proxies)
+        async with chat.app.test_request_context("/", headers=headers):
+            assert guards.same_origin() == allowed
+
+
+async def test_one_address_has_only_so_many_connections(tab, join, monkeypatch):
+    monkeypatch.setitem(limits, "SOCKETS_PER_ADDRESS", 2)
+    ann, bob = await join("Ann"), await join("Bob")
+    third = await tab()
+    assert await third.is_closed() == 4503
+    await ann.loses_connection()
+    cy = await join("Cy")
+    await cy.says("there is room again")
+    await bob.hears("there is room again")
+    for person in (bob, cy, third):
+        await person.loses_connection()
+    assert not chat.sockets  # whoever has gone is forgotten
+
+
+async def test_one_address_creates_rooms_only_so_fast(client, monkeypatch):
+    monkeypatch.setitem(limits, "NEW_ROOM_BURST", 2)
+    codes = ["KWR4TM", "KWR4TN", "KWR4TP"]
+    assert [(await client.post(f"/r/{code}")).status_code for code in codes] == [303, 303, 429]
+    monkeypatch.setitem(limits, "PROXIES", 1)
+    elsewhere = await client.post("/r/KWR4TP", headers={"X-Forwarded-For": "192.0.2.1"})
+    assert elsewhere.status_code == 303
+
+
+async def guess(client, way: str, code: str) -> int:
+    """Try a code in one of the ways there are; return the status, or the close code."""
+    if way == "page":
+        return (await client.get(f"/r/{code}")).status_code
+    if way == "create":
+        return (await client.post(f"/r/{code}")).status_code
+    hello = {"token": "made up", "after": 0} if way == "token" else {"name": "Eve"}
+    async with client.websocket(f"/r/{code}/ws", headers=OURS) as socket:
+        await socket.send_json({"hello": hello})
+        with pytest.raises(WebsocketDisconnectError) as end:
+            await socket.receive()
+        return end.value.args[0]
+
+
+async def test_codes_cannot_be_guessed(join, tab, client, monkeypatch):
+    """Not over HTTP, not over the WebSocket, and not half over the one and half over the other."""
+    monkeypatch.setitem(limits, "WRONG_CODES", 4)
+    ann = await join("Ann")
+    assert [await guess(client, way, "KWR4TN") for way in ("page", "name", "token")] == [
+        404,
+        4404,
+        4404,
+    ]
+    assert await guess(client, "create", "PARTY2") == 409
+    for code in ("KWR4TN", "PARTY2"):  # the wrong and the right one are alike now
+        assert [await guess(client, way, code) for way in ("page", "name", "token")] == [
+            429,
+            1008,
+            1008,
+        ]
+    monkeypatch.setitem(limits, "PROXIES", 1)
+    elsewhere = await client.get("/r/PARTY2", headers={"X-Forwarded-For": "192.0.2.1"})
+    assert elsewhere.status_code == 200
+    monkeypatch.setitem(limits, "PROXIES", 0)
+    again = await (await tab()).hello(token=ann.token, after=0)  # who was here is not guessing
+    assert again.name == "Ann"
+
+
+async def test_codes_cannot_be_guessed_from_many_addresses(client, monkeypatch):
+    monkeypatch.setitem(limits, "WRONG_CODES_IN_ALL", 3)
+    monkeypatch.setitem(limits, "PROXIES", 1)
+    answers = [
+        (await client.get("/r/KWR4TN", headers={"X-Forwarded-For": f"192.0.2.{n}"})).status_code
+        for n in range(4)
+    ]
+    assert answers == [404, 404, 404, 429]
+
+
+async def test_the_code_of_a_room_that_has_closed_is_no_guess(join, client, monkeypatch):
+    monkeypatch.setitem(limits, "WRONG_CODES", 1)
+    ann = await join("Ann")
+    await ann.does(leave=True)
+    await ann.is_closed()
+    for _ in range(3):  # a class reloads its pages
+        assert (await client.get("/r/PARTY2")).status_code == 404
+    await client.post("/r/KWR4TN")
+    assert (await client.get("/r/KWR4TN")).status_code == 200
+
+
+async def test_limits_are_forgotten_and_never_fill_the_memory():
+    for number in range(20_000):
+        assert chat.wrong_codes(f"192.0.2.{number}").take()
+        assert chat.new_rooms(f"192.0.2.{number}").take()
+    assert chat.wrong_codes.cache_info().currsize == 10_000
+    assert chat.new_rooms.cache_info().currsize == 10_000
+
+
+async def test_a_limit_that_is_reached_is_logged_once_an_hour(client, monkeypatch, caplog):
+    monkeypatch.setitem(limits, "WRONG_CODES", 1)
+    for _ in range(5):
+        await client.get("/r/KWR4TN")
+    assert [record.getMessage() for record in caplog.records] == [
+        "unknown has reached the limit CHAT_WRONG_CODES"
+    ]
+
+
+async def test_an_error_on_a_page_is_a_page_and_logged_without_the_code(
+    client, monkeypatch, caplog
+):
+    monkeypatch.setattr(chat, "find_room", lambda code: 1 / 0)
+    answer = await client.get("/r/KWR4TN")
+    assert answer.status_code == 500
+    assert "Create a room" in await answer.get_data(as_text=True)
+    assert "ZeroDivisionError" in caplog.text
+    assert "KWR4TN" not in caplog.text
+
+
 async def test_health_is_numbers_only(join, client):
     chat.open_room("PARTY2")
     await join("Ann")
@@ -871,6 +1072,68 @@ async def test_large_frames_arrive_whole_in_both_directions(server):
 async def test_compression_is_not_negotiated(server):
     ann = await peer(server, "Ann")  # Peer offers it, as browsers do
     assert ann.inflate is None
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/", 200),
+        ("/join?code=x", 400),
+        ("/nowhere", 404),
+        ("/r/KWR4TN", 404),
+        ("/r/PARTY2", 200),
+        ("/r/PARTY2/ws", 400),
+        ("/healthz", 200),
+        ("/static/chat.js", 200),
+        ("/static/nothing.js", 404),
+    ],
+)
+async def test_all_responses_have_the_headers(server, path, status):
+    answer, _, headers = (await http(server, f"GET {path} HTTP/1.1")).partition("\r\n")
+    assert answer.split()[1] == str(status)
+    for name, value in guards.HEADERS.items():
+        assert f"{name.lower()}: {value}\r\n" in headers
+    assert "cache-control: no-store\r\n" in headers
+    assert "hypercorn" not in headers
+    assert "strict-transport" not in headers
+
+
+async def http(server, *head: str) -> str:
+    """Send a request with these lines; return all of the answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write("\r\n".join([*head, f"Host: 127.0.0.1:{server.port}", "", ""]).encode())
+    async with asyncio.timeout(5):
+        answer = await reader.readuntil(b"\r\n\r\n")
+        size = re.search(rb"content-length: (\d+)", answer)[1]
+        answer += await reader.readexactly(int(size))
+    writer.close()
+    return answer.decode()
+
+
+async def test_over_tls_browsers_are_told_to_stay_there(server):
+    server.stop()
+    server.start(CHAT_PROXIES="1")
+    answer = await http(server, "GET / HTTP/1.1", "X-Forwarded-Proto: https")
+    assert "strict-transport-security: max-age=31536000\r\n" in answer
+
+
+async def test_scripts_are_kept_for_long_and_run_only_if_they_are_ours(server):
+    page = await http(server, "GET /r/PARTY2 HTTP/1.1")
+    scripts = re.findall(r'src="(.+?)" integrity="sha384-(.+?)"', page)
+    assert len(scripts) == page.count("<script") == 3
+    for address, digest in scripts:
+        answer = await http(server, f"GET {html.unescape(address)} HTTP/1.1")
+        assert "cache-control: max-age=31536000, immutable\r\n" in answer
+        body = answer.partition("\r\n\r\n")[2].encode()
+        assert base64.b64encode(hashlib.sha384(body).digest()).decode() == digest
+
+
+async def test_another_page_is_refused_before_it_is_connected(server):
+    upgrade = "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"
+    key = "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="
+    answer = await http(server, "GET /r/PARTY2/ws HTTP/1.1", *upgrade, key, "Origin: http://x.y")
+    assert answer.startswith("HTTP/1.1 403")
+    assert guards.HEADERS["Content-Security-Policy"] in answer
 
 
 async def test_a_ping_is_answered_and_a_flood_of_pings_is_not(server):
@@ -980,15 +1243,16 @@ async def test_it_stops_whatever_a_peer_does(server):
 
 
 def program(*arguments: str, code: str = "import chat; chat.main()") -> tuple[int, str]:
-    """Run the program; return its exit code and what it says on stderr."""
+    """Run the program; return its exit code and what it says."""
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         timeout=10,
         check=False,
     )
-    return done.returncode, done.stderr
+    return done.returncode, done.stdout
 
 
 async def test_a_port_in_use_is_one_sentence(server):
@@ -1021,6 +1285,42 @@ async def test_a_wrong_setting_is_explained(monkeypatch, name, value, why):
     code, said = program("--port", "0")
     assert code == 2
     assert f"{name}, in the environment, {why}" in said
+
+
+async def test_every_setting_is_explained():
+    code, said = program("--help")
+    assert code == 0
+    for name, (_, what) in chat.SETTINGS.items():
+        assert re.search(rf"CHAT_{name} \(.+\): {re.escape(what)}", said)
+
+
+@pytest.mark.parametrize(
+    ("moved", "why"),
+    [
+        ("hypercorn.protocol.h11.WSStream", "hypercorn.protocol.h11 has no WSStream"),
+        ("hypercorn.asyncio.tcp_server.MAX_RECV", "tcp_server has no MAX_RECV"),
+        ("hypercorn.protocol.ws_stream.server_extensions_handshake", "no server_extensions"),
+        ("hypercorn.protocol.ws_stream.WSStream._handle_events", "WSStream has no _handle_events"),
+        ("quart.asgi.ASGIWebsocketConnection.send_data", "Connection has no send_data"),
+    ],
+)
+async def test_a_server_that_its_guards_do_not_fit_is_not_started(moved, why):
+    module, name = moved.rsplit(".", 1)
+    code = "import chat, pkgutil; "
+    code += f"delattr(pkgutil.resolve_name('{module}'), '{name}'); chat.main()"
+    number, said = program("--port", "0", code=code)
+    assert number == 1
+    assert why in said
+    assert "Install hypercorn==0.18.0, quart==0.22.0" in said
+    assert "Traceback" not in said
+
+
+async def test_an_import_that_has_moved_is_one_sentence():
+    code, said = program(code="import wsproto.events as e; del e.Ping; import chat")
+    assert code == 1
+    assert re.fullmatch(
+        "cannot import name 'Ping' .+ Install the right version: pip install .+\n", said
+    )
 
 
 async def test_a_missing_package_is_one_sentence():
@@ -1430,12 +1730,11 @@ async def test_the_readme_counts_the_lines_of_each_file():
 
 
 async def test_the_readme_lists_every_setting_with_its_default():
-    source = (bench_chat.HERE / "chat.py").read_text()
-    settings = re.search(r"SETTINGS = {\n(.+?)\n}", source, re.DOTALL)[1]
-    listed = dict(re.findall(r"^\| `CHAT_(\w+)` \| ([\w,]+) \|", README, re.MULTILINE))
-    for name, default in re.findall(r"^    \"(\w+)\": ([\w\"]+)", settings, re.MULTILINE):
-        assert listed.pop(name).replace(",", "") == default.replace("_", "").replace('""', "random")
-    assert not listed
+    listed = re.findall(r"^\| `CHAT_(\w+)` \| (.*?) \| (.+) \|$", README, re.MULTILINE)
+    settings = chat.SETTINGS.items()
+    assert listed == [
+        (name, f"{default:,}" if default != "" else "", what) for name, (default, what) in settings
+    ]
 
 
 async def test_the_readme_lists_every_close_code():
