@@ -20,6 +20,7 @@ The words:
 
 import argparse
 import asyncio
+import io
 import json
 import logging
 import os
@@ -36,11 +37,12 @@ from datetime import UTC, datetime
 from functools import lru_cache
 
 try:
+    import segno
     from hypercorn.asyncio import serve
     from hypercorn.config import Config
     from itsdangerous import BadSignature, URLSafeSerializer
     from quart import Quart, redirect, render_template, request, websocket
-    from werkzeug.exceptions import HTTPException
+    from werkzeug.exceptions import HTTPException, NotFound
 
     import guards
 except ModuleNotFoundError as missing:
@@ -189,6 +191,7 @@ class Room:
     posted: OrderedDict = field(
         default_factory=OrderedDict
     )  # (member, id) of messages, oldest first
+    typing: set[Member] = field(default_factory=set)  # since the last flush
     presence_changed: bool = False
     presence_due: float = 0  # not before; the list goes to all and names all, so it has a pace too
     flushing: asyncio.Task | None = None
@@ -332,15 +335,19 @@ async def flush(room: Room) -> None:
     a busy one sends fewer and larger frames instead of falling behind, because a frame costs a
     wake-up and a system call, however much is in it.
     """
-    while room.pending or room.presence_changed:
+    while room.pending or room.presence_changed or room.typing:
         pending, room.pending = room.pending, []
         presence, now = "", time.monotonic()
         if room.presence_changed and now >= room.presence_due:
             presence = str(fragments.presence(room.members.values()))
             room.presence_changed, room.presence_due = False, now + len(room.members) / 500
-        frame = "".join(pending) + presence
+        # Who is typing is news for a moment only: neither numbered nor remembered. Three are a crowd.
+        typing = str(fragments.typing(list(room.typing)[:3])) if room.typing else ""
+        room.typing.clear()
+        extra = presence + typing
+        frame = "".join(pending) + extra
         for member in list(room.members.values()):
-            rest = "".join(pending[member.skip :]) + presence if member.skip else frame
+            rest = "".join(pending[member.skip :]) + extra if member.skip else frame
             member.skip = 0
             deliver(room, member, rest)
         await asyncio.sleep(len(room.members) / limits["FRAMES_PER_SECOND"])
@@ -453,6 +460,9 @@ async def receive(code: str, outbox: asyncio.Queue, ws) -> None:
                 match frame:
                     case {"say": str(text), "id": str(id)} if ID.fullmatch(id):
                         say(room, member, id, text)
+                    case {"typing": True}:
+                        room.typing.add(member)
+                        wake(room)
                     case {"here": int()}:
                         pass  # that it came is enough: the silence is over
                     case {"bye": True}:
@@ -601,11 +611,8 @@ async def create(code: str):
         return await home("This code cannot be used", "Create a room to get another one.", 409)
     if not new_rooms(guards.address()).take():
         log_limit("NEW_ROOM_RATE")
-        return await home("Too many rooms", "Your network has created many. Wait a minute.", 429)
-    try:
-        room = rooms.get(code) or open_room(code)  # there already after a double click
-    except Close as full:
-        return await home("It is full here", full.args[1], 503)
+        raise Close(1008, "Your network has created many rooms. Wait a minute, and try again.")
+    room = rooms.get(code) or open_room(code)  # there already after a double click
     return redirect(f"/r/{room.code}", 303)
 
 
@@ -613,13 +620,27 @@ async def create(code: str):
 async def room_page(code: str):
     if code != code.upper() and CODE.fullmatch(code.upper()):
         return redirect(f"/r/{code.upper()}", 303)
-    try:
-        if find_room(code):
-            return await render_template("room.html", code=code, limits=limits)
-    except Close as guessing:
-        return await home("Too many wrong codes", guessing.args[1], 429)
+    if find_room(code):
+        return await render_template("room.html", code=code, limits=limits)
     text = "Nobody has created it, or its last member has left. Check the code, or create a room."
     return await home("There is no such room", text, 404)
+
+
+@app.get("/r/<code>/qr.svg")
+async def qr_code(code: str):
+    """Draw the link of a room, for phones to read, and for a projector to show to a class."""
+    if not find_room(code):
+        raise NotFound
+    return draw(f"{guards.scheme()}://{request.host}/r/{code}"), {"Content-Type": "image/svg+xml"}
+
+
+@lru_cache(64)
+def draw(link: str) -> bytes:
+    drawing = io.BytesIO()
+    segno.make(link, micro=False).save(
+        drawing, kind="svg", xmldecl=False, omitsize=True, light="white"
+    )
+    return drawing.getvalue()
 
 
 @app.get("/healthz")
@@ -635,6 +656,13 @@ def log_exception(error) -> None:
 
 
 app.log_exception = log_exception
+
+
+@app.errorhandler(Close)
+async def refusal_page(close: Close):
+    """Say on a page what a WebSocket says with its close: there are limits on both ways."""
+    code, reason = close.args
+    return await home("Sorry", reason, 503 if code == 4503 else 429)
 
 
 @app.errorhandler(HTTPException)
@@ -714,7 +742,10 @@ def main() -> None:
     guards.harden(listener)
     address = network_address() if host in ("0.0.0.0", "::") else host
     address = f"[{address}]" if ":" in address else address
-    print(f"Chat is on http://{address}:{listener.getsockname()[1]} (Ctrl-C stops it)", flush=True)
+    link = f"http://{address}:{listener.getsockname()[1]}"
+    print(f"Chat is on {link} (Ctrl-C stops it)", flush=True)
+    if address != host:
+        segno.make(link, micro=False).terminal(compact=True)  # for the phones in the same room
     asyncio.run(run(listener))
 
 

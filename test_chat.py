@@ -18,12 +18,15 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Self
 from urllib.request import urlopen
 
 import markupsafe
 import pytest
-from playwright.async_api import async_playwright
+import zxingcpp
+from axe_playwright_python.async_playwright import Axe
+from playwright.async_api import async_playwright, expect
 from quart.testing.connections import WebsocketDisconnectError, WebsocketResponseError
 
 import bench_chat
@@ -539,6 +542,17 @@ async def test_the_refused_message_can_be_sent_later(join, monkeypatch):
     await ann.hears(">two</div>")
 
 
+async def test_typing_is_shown_to_all_and_remembered_by_nobody(tab, join):
+    ann, bob = await join("Ann"), await join("Bob")
+    before = ann.last
+    await ann.does(typing=True)
+    await bob.hears(f'<span data-typing="{ann.id}"><bdi>Ann</bdi></span>')
+    assert ann.last == before
+    assert not chat.rooms["PARTY2"].typing
+    cy = await (await tab()).hello(name="Cy")
+    assert "data-typing" not in await cy.hears("Cy joined")
+
+
 # ── Coming back ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -736,6 +750,7 @@ BAD_FRAMES = [
     '{"here": NaN}',
     '{"here": ' + "9" * 5000 + "}",
     '{"bye": 1}',
+    '{"typing": "yes"}',
     '{"leave": "yes"}',
     '{"hello": {"name": "again"}}',
     "[" * 10_000,
@@ -1703,6 +1718,358 @@ async def test_after_a_restart_the_talk_goes_on(browser, server):
             ["Ann", "Bob"],
             ["Bob", "Ann"],
         )
+
+
+async def test_ten_pasted_lines_are_one_message(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    lines = "\n".join(f"line {number}" for number in range(10))
+    await ann.focus("#text")
+    await ann.keyboard.insert_text(lines)  # what pasting does
+    await ann.press("#text", "Enter")
+    await shows(ann, "line 9")
+    assert await messages(ann) == [lines]
+
+
+async def test_a_message_that_is_too_long_says_so_and_is_kept(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    await ann.fill("#text", "x" * 1800)
+    assert await ann.inner_text("#counter") == ""
+    await ann.fill("#text", "🦊" * 1950)
+    assert await ann.inner_text("#counter") == "1950 of 2000 characters"
+    await ann.fill("#text", "x" * 2001)
+    await ann.press("#text", "Enter")
+    why = await ann.evaluate("document.getElementById('text').validationMessage")
+    assert why == "1 characters too many. Please send it in parts."
+    assert len(await ann.input_value("#text")) == 2001
+    await writes(ann, "x" * 2000)
+    await shows(ann, "x" * 2000)
+
+
+async def test_messages_of_one_member_in_a_row_are_a_group(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    bob = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Bob")
+    for page, text in ((ann, "one"), (ann, "two"), (bob, "three"), (ann, "four")):
+        await writes(page, text)
+        await shows(bob, text)
+    grouped = await bob.locator("#log .message.more .text").all_inner_texts()
+    assert grouped == ["two"]
+    assert re.fullmatch(r"\d\d:\d\d", await bob.locator("#log time").last.inner_text())
+    assert re.search(r"\d{4}", await bob.locator("#log time").last.get_attribute("title"))
+    assert re.search(r"\d{4}", await bob.locator("#log .more").get_attribute("title"))
+
+
+async def scroll_up(page) -> None:
+    await page.evaluate("document.getElementById('scroller').scrollTop = 0")
+    await asyncio.sleep(0.2)  # for the page to have noticed
+
+
+async def test_the_log_stays_where_its_reader_is(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    bob = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Bob")
+    for number in range(40):
+        await writes(bob, f"line {number}")
+    await shows(ann, "line 39")
+    end = "#log li:last-child"
+    await expect(ann.locator(end)).to_be_in_viewport()  # it follows
+    assert not await ann.is_visible("#new")
+    await scroll_up(ann)
+    for number in range(3):
+        await writes(bob, f"new {number}")
+    await shows(ann, "3 new", "#new")
+    await expect(ann.locator(end)).not_to_be_in_viewport()
+    assert await ann.title() == "(3) Room PARTY2"
+    await ann.click("#new")
+    await expect(ann.locator(end)).to_be_in_viewport()
+    assert not await ann.is_visible("#new")
+    assert await ann.title() == "Room PARTY2"
+
+
+async def test_what_came_while_the_tab_was_hidden_is_counted_and_marked(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    bob = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Bob")
+    await writes(bob, "seen")
+    await shows(ann, "seen")
+    # There is no way to hide a tab of a headless browser: the page is told so.
+    hide = "hidden => { Object.defineProperty(document, 'hidden', {value: hidden, configurable: true});"
+    hide += "document.dispatchEvent(new Event('visibilitychange')) }"
+    await ann.evaluate(hide, True)
+    for number in range(30):
+        await writes(bob, f"unseen {number}")
+    await shows(ann, "unseen 29")
+    assert await ann.title() == "(30) Room PARTY2"
+    await ann.evaluate(hide, False)
+    line = ann.locator("#log .unread")
+    await expect(line).to_be_in_viewport()  # where reading goes on
+    after = await line.evaluate("li => li.nextElementSibling.querySelector('.text').innerText")
+    assert after == "unseen 0"
+    await writes(ann, "I have read it")
+    await shows(ann, "I have read it")
+    assert await ann.title() == "Room PARTY2"
+
+
+async def test_five_thousand_messages_leave_the_page_quick(browser, server):
+    server.stop()
+    server.start(CHAT_HISTORY="1e9", CHAT_HISTORY_BYTES="1e9")  # or a slow page had a gap
+    server.create_room("PARTY2")
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    bob = await peer(server, "Bob")
+    reading = asyncio.create_task(hears(bob, "message 4999<"))
+    for number in range(5_000):
+        bob.send(say=f"message {number}", id=f"m{number}")
+        if number % 100 == 0:
+            await asyncio.sleep(0.02)
+    await reading
+    await shows(ann, "message 4999")
+    assert await ann.locator("#log li").count() <= 501
+    await writes(ann, "still here")  # within the 8 seconds that a page has for each step
+    await shows(ann, "still here")
+    async with ann.expect_download() as download:
+        await ann.click("#presence .save")
+    saved = await transcript(download)
+    numbers = [int(number) for number in re.findall(r"Bob: message (\d+)\n", saved)]
+    assert (len(numbers), numbers == list(range(5_000))) == (5_000, True)
+    assert "Ann: still here" in saved
+
+
+async def transcript(download) -> str:
+    return Path(await (await download.value).path()).read_text()
+
+
+async def test_who_is_typing_is_shown_for_a_moment(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    bob = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Bob")
+    await bob.fill("#text", "I was just about to say")
+    await shows(ann, "Bob", "#typing")
+    assert await bob.inner_text("#typing") == ""  # one knows
+    await ann.locator("#typing span").wait_for(state="detached")  # it ends by itself
+    await bob.fill("#text", "And now I do")
+    await asyncio.sleep(0.1)
+    await bob.press("#text", "Enter")
+    await shows(ann, "And now I do")
+    assert await ann.inner_text("#typing") == ""
+    assert "typing" not in await ann.inner_text("#log")
+
+
+async def test_the_link_is_copied(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    await ann.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    await ann.click("header .copy")
+    await shows(ann, "The link is copied.", "#status")
+    assert await ann.evaluate("navigator.clipboard.readText()") == ann.url
+
+
+async def test_the_link_is_copied_without_https_too(server):
+    """In a class room the server is at http://192.168.…, and pages there have no clipboard."""
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(
+            executable_path=shutil.which("chromium"),
+            args=["--host-resolver-rules=MAP class.test 127.0.0.1"],
+        )
+        ann = await (await browser.new_context()).new_page()
+        await ann.goto(f"http://class.test:{server.port}/r/PARTY2")
+        await enters(ann, "Ann")
+        assert not await ann.evaluate("isSecureContext")
+        await ann.click("header .copy")
+        await shows(ann, "The link is copied.", "#copied")
+        await ann.click("#close-invite")
+        await ann.focus("#text")
+        await ann.keyboard.press("Control+V")
+        assert await ann.input_value("#text") == ann.url
+        # And if even that is forbidden, the link can be copied by hand.
+        await ann.evaluate("document.execCommand = () => false")
+        await ann.click("header .copy")
+        await shows(ann, "Copy the link that is marked", "#copied")
+        assert await ann.evaluate("getSelection().toString()") == ann.url
+        await browser.close()
+
+
+async def test_the_qr_code_is_the_link_and_fills_the_screen(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    await ann.click("#open-invite")
+    image = ann.locator("#qr img")
+    await image.click()
+    await expect(image).to_be_in_viewport(ratio=1)
+    box, screen = await image.bounding_box(), ann.viewport_size
+    assert box["height"] > 0.65 * screen["height"]
+    pixels = await image.evaluate(
+        """async (image) => {
+            const canvas = new OffscreenCanvas(300, 300).getContext("2d");
+            canvas.drawImage(image, 0, 0, 300, 300);
+            return [...canvas.getImageData(0, 0, 300, 300).data].filter((_, i) => i % 4 === 0);
+        }"""
+    )
+    seen = zxingcpp.read_barcodes(memoryview(bytes(pixels)).cast("B", (300, 300)))
+    assert [code.text for code in seen] == [ann.url]
+    await ann.keyboard.press("Escape")
+    await writes(ann, "back in the talk")
+    await shows(ann, "back in the talk")
+
+
+async def test_the_share_sheet_is_offered_where_there_is_one(browser, server):
+    context = await browser.new_context()
+    await context.add_init_script(
+        "navigator.share = async (what) => { document.title = JSON.stringify(what) }"
+    )
+    ann = await context.new_page()
+    await ann.goto(f"http://127.0.0.1:{server.port}/r/PARTY2")
+    await enters(ann, "Ann")
+    await ann.click("#open-invite")
+    await ann.click("#share")
+    assert json.loads(await ann.title()) == {"title": "Room PARTY2", "url": ann.url}
+
+
+async def test_what_was_read_can_be_taken_home_when_it_is_over(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    await writes(ann, "first\nsecond <b>line</b>")
+    await shows(ann, "second")
+    await ann.click("#leave")
+    async with ann.expect_download() as download:
+        await ann.click("#over .save")
+    when = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\]"
+    pattern = rf"{when} \* Ann joined\n{when} Ann: first\nsecond <b>line</b>\n"
+    assert re.fullmatch(pattern, await transcript(download))
+    assert re.fullmatch(r"Room PARTY2, [\d-]+\.txt", (await download.value).suggested_filename)
+    await ann.click("text=Start anew")
+    await ann.wait_for_selector("text=Create a room")
+
+
+async def test_a_screen_reader_is_read_what_is_new_and_not_the_history(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    await writes(ann, "before")
+    await ann.reload()
+    await ann.wait_for_selector("#live[aria-live=off] .message")  # being put in, unread
+    await ann.wait_for_selector("#live[aria-live=polite]")
+    async with Line(server) as line:
+        bob = await enters(await open_tab(browser, line.port, "/r/PARTY2"), "Bob")
+        await bob.wait_for_selector("#live[aria-live=polite]")
+        await bob.evaluate(
+            """() => {
+                window.added = [];
+                new MutationObserver((records) => setTimeout(() => added.push(...records.flatMap(
+                    (record) => [...record.addedNodes].filter((n) => n.isConnected)
+                        .map((n) => n.innerText))))).observe(
+                    document.getElementById("log"), {childList: true});
+            }"""
+        )
+        line.cut()
+        await writes(ann, "missed")
+        await shows(bob, "missed")
+        assert [text.split("\n")[-1] for text in await bob.evaluate("added")] == ["missed"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1440])
+async def test_no_page_and_no_state_keeps_anybody_out(browser, server, scheme, width):
+    """axe-core's rules for WCAG 2.2 AA, on all that there is to be seen."""
+
+    async def check(page, state: str) -> None:
+        found = (await Axe().run(page)).response["violations"]
+        assert not found, (state, [(rule["id"], rule["nodes"][0]["html"]) for rule in found])
+
+    context = await browser.new_context(
+        color_scheme=scheme, viewport={"width": width, "height": 740}
+    )
+    ann = await context.new_page()
+    for path in ("/", "/r/KWR4TN", "/join?code=x", "/r/PARTY2"):
+        await ann.goto(f"http://127.0.0.1:{server.port}{path}")
+        await check(ann, path)
+    await ann.fill("#name", "x" * 30)
+    await ann.press("#name", "Enter")
+    await shows(ann, "at most 24", "#unusable")
+    await check(ann, "unusable name")
+    await enters(ann, "Ann")
+    if width < 700:
+        await ann.click("#presence summary")
+    async with Line(server) as line:
+        bob = await open_tab(browser, line.port, "/r/PARTY2")
+        await enters(bob, "Bob")
+        await writes(bob, "see `code`, https://a.example and\n```\nmore code\n```")
+        await writes(ann, "my `code`, https://a.example")
+        await shows(ann, "my")
+        await bob.fill("#text", "I am")
+        await shows(ann, "Bob", "#typing")
+        await ann.evaluate(
+            """() => { for (const li of document.querySelectorAll("#log .message"))
+                for (const hue of "0123456789abcdef") {
+                    const other = li.cloneNode(true);
+                    delete other.dataset.seq;
+                    other.className = li.className.replace(/hue-./, "hue-" + hue);
+                    li.parentNode.append(other);
+                }
+            }"""
+        )
+        await check(ann, "talk, in all colours")
+        line.cut(up=False)
+        await shows(ann, "Bob (reconnecting)", "#people")
+        await check(ann, "somebody is reconnecting")
+        await writes(bob, "into the void")
+        await shows(bob, "Reconnecting", "#status")
+        await check(bob, "reconnecting")
+        await bob.context.close()
+    bob = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Bob")
+    for number in range(30):
+        await writes(bob, f"line {number}")
+    await shows(ann, "line 29")
+    await scroll_up(ann)
+    await writes(bob, "new")
+    await shows(ann, "1 new", "#new")
+    await check(ann, "something is new")
+    await ann.fill("#text", "x" * 2001)
+    await check(ann, "too long")
+    await ann.click("#new")
+    await check(ann, "what is new is marked")
+    await ann.click("#open-invite")
+    await check(ann, "inviting")
+    await ann.click("#qr")
+    await check(ann, "QR code")
+    await ann.keyboard.press("Escape")
+    await ann.click("#leave")
+    await check(ann, "left")
+
+
+async def test_a_phone_has_room_for_fingers_and_nothing_sticks_out(browser, server):
+    context = await browser.new_context(viewport={"width": 360, "height": 640}, has_touch=True)
+    ann = await context.new_page()
+    await ann.goto(f"http://127.0.0.1:{server.port}/r/PARTY2")
+    await enters(ann, "W" * 24)
+    await writes(ann, "x" * 500)
+    await writes(ann, "```\n" + "x" * 500 + "\n```")
+    await ann.click("#presence summary")
+    await shows(ann, "xxx")
+    wide = "document.documentElement.scrollWidth"
+    assert await ann.evaluate(wide) == 360
+    small = """() => [...document.querySelectorAll("button, input, textarea, summary, .button")]
+        .filter((e) => e.checkVisibility() && e.getBoundingClientRect().height < 44)
+        .map((e) => e.outerHTML)"""
+    assert await ann.evaluate(small) == []
+    await ann.click("#open-invite")
+    assert await ann.evaluate(small) == []
+    # Browsers zoom in on a box whose letters are smaller than 16 pixels.
+    fonts = """[...document.querySelectorAll("input, textarea")]
+        .map((e) => parseFloat(getComputedStyle(e).fontSize))"""
+    assert min(await ann.evaluate(fonts)) >= 16
+    await ann.click("#close-invite")
+    await ann.click("#leave")
+    assert await ann.evaluate(small) == []
+
+
+async def test_all_of_it_can_be_done_by_keyboard(browser, server):
+    ann = await open_tab(browser, server.port)
+    await ann.keyboard.press("Tab")
+    await ann.keyboard.press("Enter")  # Create a room
+    await ann.wait_for_selector("#name:focus")
+    await ann.keyboard.type("Ann")
+    await ann.keyboard.press("Enter")
+    await ann.wait_for_selector("#text:focus")
+    await ann.keyboard.type("hello")
+    await ann.keyboard.press("Enter")
+    await shows(ann, "hello")
+    for _ in range(12):
+        await ann.keyboard.press("Shift+Tab")
+        if await ann.evaluate("document.activeElement.id") == "leave":
+            break
+    await ann.keyboard.press("Enter")
+    await shows(ann, "You have left this room", "#over")
 
 
 async def test_enter_while_composing_is_not_a_send(browser, server):

@@ -1,16 +1,26 @@
 // The browser's half of the chat. htmx keeps the WebSocket open and puts what arrives into the page;
 // this file says who we are, sends what we write until it has been confirmed, and tells the truth
-// about the connection.
+// about the connection. What makes the page pleasant is in page.js; the chat works without it.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const chat = $("chat"), text = $("text"), scroller = $("scroller");
-const link = location.origin + location.pathname;
+const chat = $("chat"), text = $("text");
 
-// One tab is one member: sessionStorage survives a reload and is not shared with other tabs.
+// One tab is one member: sessionStorage survives a reload and is not shared with other tabs. Where it
+// is forbidden or full, all goes on until the next reload.
 const store = {
-  get: (key) => JSON.parse(sessionStorage.getItem(key + chat.dataset.code)),
-  set: (key, value) => sessionStorage.setItem(key + chat.dataset.code, JSON.stringify(value)),
+  get(key) {
+    try {
+      return JSON.parse(sessionStorage.getItem(key + chat.dataset.code));
+    } catch {
+      return null;
+    }
+  },
+  set(key, value) {
+    try {
+      sessionStorage.setItem(key + chat.dataset.code, JSON.stringify(value));
+    } catch {}
+  },
 };
 
 // All scripts have come. On a slow line htmx may have looked at the page before hx-ws was there.
@@ -25,8 +35,7 @@ let inFlight = null; // id of the one that waits for its echo
 let heard = Date.now(), spoke = Date.now();
 let wanted = ""; // the name that we have asked for
 let greeted = false; // hello has been said on this connection
-let atEnd = true; // the reader is at the end of the log
-const shown = new Set(); // "member id" of all messages shown, for those posted again after a restart
+const shown = new Set(); // "member id" of messages shown, for those posted again after a restart
 
 // ── The connection ──
 
@@ -82,8 +91,11 @@ chat.addEventListener("htmx:ws:after:connection", async () => {
   joined = greeted = false;
   inFlight = null;
   connection.socket.addEventListener("close", ({ code, reason }) => {
-    if (chat.dataset.state === "closed" && !FINAL[code] && reason) $("why").textContent = reason;
+    if (!reason || FINAL[code]) return;
+    if (chat.dataset.state === "closed") $("why").textContent = reason;
+    if (chat.dataset.state === "outside") $("unusable").textContent ||= reason;
   });
+  if (chat.dataset.state === "outside") $("status").textContent = "";
   await connection.receiving; // frames of the old connection first: they move `last`
   if (chat.dataset.state === "closed") connection.socket.close();
   else hello();
@@ -123,8 +135,9 @@ addEventListener("pageshow", (event) => event.persisted && location.reload());
 function welcome(them) {
   store.set("me", (me = { member: them.member, token: them.token }));
   joined = true;
-  if (chat.dataset.state === "outside") text.focus();
+  const entered = chat.dataset.state === "outside";
   state("connected");
+  if (entered) text.focus();
   pump();
 }
 
@@ -137,12 +150,8 @@ function entry(li) {
   if (!gap && (seq <= last || shown.has(name))) return li.remove();
   last = Number(seq);
   if (from) shown.add(name);
+  if (shown.size > 5000) shown.delete(shown.values().next().value);
   if (mine) li.classList.add("mine");
-  for (const time of li.querySelectorAll("time")) {
-    const when = new Date(time.dateTime);
-    time.textContent = when.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
-    time.title = when.toLocaleString();
-  }
 }
 
 function verdict({ id, verdict }, why) {
@@ -158,8 +167,7 @@ function verdict({ id, verdict }, why) {
 // Put a message that was not wanted back into the box, to be changed.
 function takeBack(id) {
   const message = unsent.find((message) => message.id === id);
-  if (message) text.value = [message.text, text.value].filter(Boolean).join("\n");
-  store.set("draft", text.value);
+  if (message) write([message.text, text.value].filter(Boolean).join("\n"));
   settle(id, $("status").textContent);
 }
 
@@ -170,7 +178,6 @@ new MutationObserver((records) => {
     else if (node.dataset.verdict) verdict(node.dataset, node.textContent);
     else if (node.dataset.seq) entry(node);
   }
-  if (atEnd) scroller.scrollTop = scroller.scrollHeight;
 }).observe(chat, { childList: true, subtree: true });
 
 // ── What we write ──
@@ -202,26 +209,26 @@ function showUnsent() {
   );
 }
 
-function say() {
+// Set what stands in the box, as if it had been typed.
+function write(value) {
+  text.value = value;
+  text.dispatchEvent(new Event("input"));
+}
+
+$("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
   if (!text.value.trim() || chat.dataset.state === "closed") return;
   const id = [...crypto.getRandomValues(new Uint8Array(12))].map((byte) => byte.toString(36)).join("");
   unsent.push({ id, text: text.value.toWellFormed?.() ?? text.value }); // half an emoji is no text
-  text.value = "";
-  store.set("draft", "");
+  write("");
   showUnsent();
-  scroller.scrollTop = scroller.scrollHeight;
   pump();
-}
-
-$("composer").addEventListener("submit", (event) => (event.preventDefault(), say()));
-scroller.addEventListener("scroll", () => {
-  atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 50;
 });
 text.addEventListener("input", () => store.set("draft", text.value));
 text.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return; // composing: 你好, not a send
   event.preventDefault();
-  say();
+  $("composer").requestSubmit();
 });
 
 $("join").addEventListener("submit", (event) => {
@@ -238,16 +245,7 @@ $("leave").addEventListener("click", () => {
   store.set("me", (me = null));
   state("closed", FINAL[1000]);
 });
-$("copy").addEventListener("click", async () => {
-  try {
-    await navigator.clipboard.writeText(link);
-    $("status").textContent = "The link is copied.";
-  } catch {
-    prompt("Copy this link:", link); // without https there is no clipboard
-  }
-});
 
-$("presence").open = innerWidth > 700;
 text.value = store.get("draft") || "";
 showUnsent();
 if (me) dial();
