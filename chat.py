@@ -32,6 +32,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -62,17 +63,18 @@ SETTINGS = {  # the default, and what it limits
     "FRAME_RATE": (10, "frames of any kind a second and connection; after more, 1008"),
     "FRAME_BURST": (60, "frames at once, before that rate counts"),
     "NAME_LENGTH": (24, "characters of a name"),
-    "MEMBERS": (250, "members of a room, those who are reconnecting included"),
+    "MEMBERS": (250, "members of a room"),
     "SOCKETS": (2_000, "connections in all"),
-    "SOCKETS_PER_ADDRESS": (250, "connections from one address (a class sits behind one)"),
+    "SOCKETS_PER_ADDRESS": (250, "connections, and members, of one address: a class has one"),
     "ROOMS": (1_000, "rooms"),
     "NEW_ROOM_RATE": (10, "rooms that one address can create in a minute"),
     "NEW_ROOM_BURST": (30, "rooms at once, before that rate counts"),
     "WRONG_CODES": (10, "wrong codes in ten minutes from one address"),
     "WRONG_CODES_IN_ALL": (100, "wrong codes in a minute from all addresses together"),
     "HISTORY": (200, "entries that a room remembers"),
-    "HISTORY_BYTES": (262_144, "bytes of those entries"),
-    "OUTBOX": (64, "batches that may wait for one slow member"),
+    "HISTORY_BYTES": (262_144, "bytes that these entries may take"),
+    "TALK_BYTES": (33_554_432, "bytes of all histories; with many rooms each has its share"),
+    "OUTBOX": (64, "batches that may wait for one slow member; and twice its room's history"),
     "FRAMES_PER_SECOND": (12_000, "the pace of a room: frames to all its members together"),
     "JOIN_DEADLINE": (10, "seconds to say a usable hello"),
     "BEAT": (20, "seconds from one heartbeat to the next"),
@@ -97,7 +99,10 @@ RUN = secrets.token_hex(4)  # this run of the program; a token that names anothe
 ALPHABET = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # of room codes, which are read out: no 0 O 1 I L
 CODE = re.compile(f"[{ALPHABET}]{{6}}")
 ID = re.compile("[A-Za-z0-9_-]{1,64}")
-IDS_REMEMBERED = 2_000  # a room, and 128 more a member: more than one can have unconfirmed
+IDS_REMEMBERED = 128  # in a room, and 64 more a member: more than one can have unconfirmed
+FRAME_SIZE = (
+    32_768  # characters of a frame to a browser, about: a stuck line holds no more than one
+)
 # Never shown: control characters, and overrides of the writing direction. In names also refused:
 # letters that look like nothing, and joiners but for those inside 👩‍🚀 or a Persian word.
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -167,12 +172,33 @@ def log_once(sentence: str, *values) -> None:
 # ── State ── all of it; only the functions of the next part change it ────────────────────────────
 
 
+class Outbox(asyncio.Queue):
+    """Batches, which are lists of strings. Full by number, and by what their strings take."""
+
+    def __init__(self):
+        super().__init__(limits["OUTBOX"])
+        self.bytes = 0
+
+    def _put(self, batch: list) -> None:
+        self.bytes += sum(map(sys.getsizeof, batch))
+        super()._put(batch)
+
+    def _get(self) -> list:
+        batch = super()._get()
+        self.bytes -= sum(map(sys.getsizeof, batch))
+        return batch
+
+    def full(self) -> bool:
+        return super().full() or self.bytes > 2 * share()
+
+
 @dataclass(eq=False, slots=True)
 class Member:
     id: str  # public, stands in every message; says nothing about the token
     name: str
     token: str  # proves, after a lost connection or a restart, that this is the same member
-    outbox: asyncio.Queue | None = None  # None while reconnecting
+    address: str
+    outbox: Outbox | None = None  # None while reconnecting
     skip: int = 0  # so many of room.pending are in the snapshot that it was given
     grace: asyncio.TimerHandle | None = None  # runs while reconnecting
     messages: Allowance = field(default_factory=lambda: allowance("MESSAGE"))
@@ -188,9 +214,7 @@ class Room:
     history: deque[tuple[int, str]] = field(default_factory=deque)
     history_bytes: int = 0
     pending: list[str] = field(default_factory=list)  # posted, but in no outbox yet
-    posted: OrderedDict = field(
-        default_factory=OrderedDict
-    )  # (member, id) of messages, oldest first
+    posted: OrderedDict = field(default_factory=OrderedDict)  # hashes of (member, id), oldest first
     typing: set[Member] = field(default_factory=set)  # since the last flush
     presence_changed: bool = False
     presence_due: float = 0  # not before; the list goes to all and names all, so it has a pace too
@@ -199,8 +223,9 @@ class Room:
 
 rooms: dict[str, Room] = {}
 closed: deque[str] = deque(maxlen=1_000)  # codes of the rooms that have closed, the latest last
-outboxes: set[asyncio.Queue] = set()  # of all connections, joined or not
+outboxes: set[Outbox] = set()  # of all connections, joined or not
 sockets: Counter[str] = Counter()  # connections by address
+held: Counter[str] = Counter()  # members by address, those who are reconnecting included
 stopping = asyncio.Event()
 
 # Fragments are rendered where nothing may await, so by a template engine that does not.
@@ -247,7 +272,7 @@ def find_room(code: str) -> Room | None:
     return rooms.get(code)
 
 
-def enter(room: Room, member: Member, outbox: asyncio.Queue, after: int) -> None:
+def enter(room: Room, member: Member, outbox: Outbox, after: int) -> None:
     """Connect a member, and hand it what was said since the entry `after` (0: all that we have).
 
     Snapshot and subscription are one step: with an await between the two, an entry posted in
@@ -265,11 +290,11 @@ def enter(room: Room, member: Member, outbox: asyncio.Queue, after: int) -> None
     hole = after and not oldest - 1 <= after <= room.seq
     gap = [fragments.gap(seq=oldest - 1)] if hole else []
     missed = [entry for seq, entry in room.history if seq > after or hole]
-    outbox.put_nowait("".join([fragments.welcome(member), *gap, *missed]))
+    outbox.put_nowait([fragments.welcome(member), *gap, *missed])
     wake(room, presence=True)
 
 
-def lose(room: Room, member: Member, outbox: asyncio.Queue, grace: float) -> None:
+def lose(room: Room, member: Member, outbox: Outbox, grace: float) -> None:
     """Note that a connection has ended: its member leaves, unless it is back in `grace` seconds."""
     if member.outbox is not outbox:
         return  # it has another one by now
@@ -282,6 +307,9 @@ def leave(room: Room, member: Member) -> None:
     """Take a member out of its room, and forget the room with the last one."""
     member.outbox = None
     del room.members[member.id]
+    held[member.address] -= 1
+    if not held[member.address]:
+        del held[member.address]
     post(room, fragments.notice, text=f"{member.name} left")
     wake(room, presence=True)
     if not room.members:
@@ -292,20 +320,21 @@ def say(room: Room, member: Member, id: str, text: str) -> None:
     """Post what a member says, once, or tell it why not; Close 1008 if it does not stop."""
     text = unicodedata.normalize("NFC", text).replace("\r\n", "\n")
     text = HIDDEN.sub("", text).strip("\n")
-    if (member.id, id) in room.posted:
+    key = hash((member.id, id))  # 8 bytes to remember, and other ones in each run
+    if key in room.posted:
         verdict, why = "confirmed", ""  # sent again, because the echo had not reached it
     elif not text.strip() or len(text) > limits["MESSAGE_LENGTH"]:
         verdict, why = "refused", f"A message has 1 to {limits['MESSAGE_LENGTH']} characters."
     elif member.messages.take():
-        room.posted[member.id, id] = None
-        if len(room.posted) > IDS_REMEMBERED + 128 * len(room.members):
+        room.posted[key] = None
+        if len(room.posted) > IDS_REMEMBERED + 64 * len(room.members):
             room.posted.popitem(last=False)
         return post(room, fragments.message, member=member, id=id, pieces=PIECES.split(text))
     elif member.refusals.take():
         verdict, why = "later", "You are too fast. Your message is sent again in a moment."
     else:
         raise Close(1008, "You sent too many messages.")
-    deliver(room, member, fragments.verdict(id, verdict, why))
+    deliver(room, member, [fragments.verdict(id, verdict, why)])
 
 
 def post(room: Room, fragment, **values) -> None:
@@ -314,11 +343,21 @@ def post(room: Room, fragment, **values) -> None:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     entry = str(fragment(seq=room.seq, time=now, **values))
     room.history.append((room.seq, entry))
-    room.history_bytes += len(entry.encode())
-    while len(room.history) > limits["HISTORY"] or room.history_bytes > limits["HISTORY_BYTES"]:
-        room.history_bytes -= len(room.history.popleft()[1].encode())
+    room.history_bytes += sys.getsizeof(entry)
+    trim(room)
     room.pending.append(entry)
     wake(room)
+
+
+def share() -> int:
+    """Return how many bytes a room's history may take: the more rooms there are, the fewer."""
+    return min(limits["HISTORY_BYTES"], limits["TALK_BYTES"] // max(1, len(rooms)))
+
+
+def trim(room: Room) -> None:
+    """Forget the oldest entries of a room that has too many."""
+    while len(room.history) > limits["HISTORY"] or room.history_bytes > share():
+        room.history_bytes -= sys.getsizeof(room.history.popleft()[1])
 
 
 def wake(room: Room, presence: bool = False) -> None:
@@ -344,35 +383,48 @@ async def flush(room: Room) -> None:
         # Who is typing is news for a moment only: neither numbered nor remembered. Three are a crowd.
         typing = str(fragments.typing(list(room.typing)[:3])) if room.typing else ""
         room.typing.clear()
-        extra = presence + typing
-        frame = "".join(pending) + extra
+        news = [*pending, presence + typing]
+        batch = list(in_frames(news))
         for member in list(room.members.values()):
-            rest = "".join(pending[member.skip :]) + extra if member.skip else frame
+            rest = list(in_frames(news[member.skip :])) if member.skip else batch
             member.skip = 0
             deliver(room, member, rest)
         await asyncio.sleep(len(room.members) / limits["FRAMES_PER_SECOND"])
 
 
-def deliver(room: Room, member: Member, frame: str) -> None:
-    """Put a frame in a member's outbox; if that is full, evict the member rather than wait.
+def in_frames(strings: list[str]) -> Iterator[str]:
+    """Join strings to as few frames as there can be without one of them being large."""
+    frame, size = [], 0
+    for string in strings:
+        if size and size + len(string) > FRAME_SIZE:
+            yield "".join(frame)
+            frame, size = [], 0
+        frame.append(string)
+        size += len(string)
+    if size:
+        yield "".join(frame)
+
+
+def deliver(room: Room, member: Member, batch: list[str]) -> None:
+    """Put a batch in a member's outbox; if that is full, evict the member rather than wait.
 
     Waiting would make the room as slow as its slowest member, and without a bound one dead phone
     would eat the memory. Who is evicted comes back and resumes from the history.
     """
     try:
-        if member.outbox and frame:
-            member.outbox.put_nowait(frame)
+        if member.outbox and batch:
+            member.outbox.put_nowait(batch)
     except asyncio.QueueFull:
         hang_up(member.outbox, Close(1013, "You were too slow. Come back and resume."))
         lose(room, member, member.outbox, limits["GRACE_LOST"])
 
 
-def hang_up(outbox: asyncio.Queue, close: Close) -> None:
+def hang_up(outbox: Outbox, close: Close) -> None:
     """Have the relay of this outbox end its connection, after what waits or, if it is full, at once."""
     if outbox.full():
         while not outbox.empty():  # all of it: a hole in the middle would be taken for the whole
             outbox.get_nowait()
-    outbox.put_nowait(close)
+    outbox.put_nowait([close])
 
 
 # ── The WebSocket ────────────────────────────────────────────────────────────────────────────────
@@ -392,7 +444,7 @@ async def connection(code: str) -> None:
     end = Close(1011, "The server has made a mistake.")
     address = guards.address()
     await ws.accept()  # even to say no: a browser shows the code of a close, but not of a refusal
-    outbox = asyncio.Queue(limits["OUTBOX"])
+    outbox = Outbox()
     outboxes.add(outbox)
     sockets[address] += 1
     try:
@@ -425,20 +477,20 @@ async def connection(code: str) -> None:
                 del sockets[address]
 
 
-async def relay(outbox: asyncio.Queue, ws) -> None:
-    """Carry frames from the outbox to the socket; a few that have piled up go as one."""
+async def relay(outbox: Outbox, ws) -> None:
+    """Carry batches from the outbox to the socket; a few that have piled up go together."""
     while True:
-        waiting = [await outbox.get()]
+        waiting = await outbox.get()
         while not outbox.empty() and len(waiting) < 8:
-            waiting.append(outbox.get_nowait())
-        if frame := "".join(item for item in waiting if isinstance(item, str)):
+            waiting = waiting + outbox.get_nowait()
+        for frame in in_frames([item for item in waiting if isinstance(item, str)]):
             await ws.send(frame)
         for close in waiting:
             if isinstance(close, Close):
                 raise close
 
 
-async def receive(code: str, outbox: asyncio.Queue, ws) -> None:
+async def receive(code: str, outbox: Outbox, ws) -> None:
     """Read frames and act on them: a hello, then the rest, until the connection ends."""
     frames = allowance("FRAME")
     try:
@@ -481,17 +533,17 @@ async def receive(code: str, outbox: asyncio.Queue, ws) -> None:
         lose(room, member, outbox, grace)
 
 
-async def hello(code: str, outbox: asyncio.Queue, ws, frames: Allowance) -> tuple[Room, Member]:
+async def hello(code: str, outbox: Outbox, ws, frames: Allowance) -> tuple[Room, Member]:
     """Wait for a hello that can be used; after an unusable name there may be another."""
     while True:
         frame = await next_frame(ws, frames)
         try:
             return admit(code, frame, outbox)
         except ValueError as why:
-            outbox.put_nowait(fragments.unusable(why))
+            outbox.put_nowait([fragments.unusable(why)])
 
 
-def admit(code: str, frame: dict, outbox: asyncio.Queue) -> tuple[Room, Member]:
+def admit(code: str, frame: dict, outbox: Outbox) -> tuple[Room, Member]:
     """Enter whoever says hello, somebody new or somebody who was here, even before a restart.
 
     ValueError says why a name cannot be used. Close: 4404 no such room, 4401 not a token of this
@@ -519,15 +571,36 @@ def admit(code: str, frame: dict, outbox: asyncio.Queue) -> tuple[Room, Member]:
         raise Close(4404, "There is no such room, or it has closed.")
     member = room.members.get(id)
     if not member:
-        if len(room.members) >= limits["MEMBERS"]:
-            raise Close(4503, "This room is full.")
+        address = guards.address()
+        check_space(room, address)
         name = unlike_others(name, room)
         secret = secrets.token_hex(16)  # 128 bits that only this member knows
-        member = Member(id, name, signer.dumps([code, RUN, id, name, secret]))
+        member = Member(id, name, signer.dumps([code, RUN, id, name, secret]), address)
+        held[address] += 1
         if run == RUN:  # after a restart members come back without a word
             post(room, fragments.notice, text=f"{name} joined")
     enter(room, member, outbox, after)
+    if len(room.members) > limits["MEMBERS"]:  # who is lost makes way for who is here
+        lost = next(member for member in room.members.values() if not member.outbox)
+        lost.grace.cancel()
+        leave(room, lost)
     return room, member
+
+
+def check_space(room: Room, address: str) -> None:
+    """Do nothing if there is space for one more member; else Close 4503.
+
+    Members are counted by address even while they are reconnecting: to say hello, to hang up, and
+    that a thousand times, would fill the server.
+    """
+    if held[address] >= limits["SOCKETS_PER_ADDRESS"]:
+        log_limit("SOCKETS_PER_ADDRESS")
+        raise Close(4503, "There are too many members from your network.")
+    if sum(held.values()) >= 2 * limits["SOCKETS"]:
+        raise Close(4503, "This server is full. Try again later.")
+    here = sum(member.outbox is not None for member in room.members.values())
+    if here >= limits["MEMBERS"]:
+        raise Close(4503, "This room is full.")
 
 
 async def next_frame(ws, frames: Allowance) -> dict:
@@ -693,6 +766,7 @@ async def run(listener: socket.socket) -> None:
     config = Config()
     config.bind = [f"fd://{listener.detach()}"]
     config.websocket_max_message_size = limits["FRAME_BYTES"]
+    config.max_app_queue_size = 2  # frames; more wait where they cost the sender, not us
     config.loglevel, config.include_server_header = "WARNING", False
     await serve(app, config, shutdown_trigger=stopped)
     heart.cancel()
@@ -708,7 +782,9 @@ async def beat() -> None:
         await asyncio.sleep(limits["BEAT"])
         for outbox in outboxes:
             if not outbox.full():
-                outbox.put_nowait(fragments.beat())
+                outbox.put_nowait([fragments.beat()])
+        for room in rooms.values():
+            trim(room)  # those in which nobody talks, too, when there are more and more rooms
 
 
 def main() -> None:

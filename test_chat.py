@@ -96,6 +96,8 @@ def forget():
     """Begin each test with a server that knows nobody."""
     chat.rooms.clear()
     chat.closed.clear()
+    chat.sockets.clear()
+    chat.held.clear()
     for cache in (chat.new_rooms, chat.wrong_codes, chat.log_once):
         cache.cache_clear()
 
@@ -479,14 +481,14 @@ async def test_ids_are_remembered_for_long_but_not_for_ever(join, monkeypatch):
     monkeypatch.setitem(limits, "MESSAGE_BURST", 10_000)
     monkeypatch.setitem(limits, "FRAME_BURST", 10_000)
     ann = await join("Ann")
-    for number in range(2_000):
+    for number in range(150):
         await ann.says("x", id=f"n{number}")
     await ann.says("again", id="n0")
     await ann.hears('data-id="n0" data-verdict="confirmed"')
-    for number in range(2_000, 2_200):
+    for number in range(150, 300):
         await ann.says("x", id=f"n{number}")
-    await ann.hears('data-id="n2199"')
-    assert len(chat.rooms["PARTY2"].posted) <= chat.IDS_REMEMBERED + 128
+    await ann.hears('data-id="n299"')
+    assert len(chat.rooms["PARTY2"].posted) <= chat.IDS_REMEMBERED + 64
 
 
 async def test_all_members_see_the_same_order(join):
@@ -624,8 +626,83 @@ async def test_history_is_bounded_by_bytes_too(join, monkeypatch):
         await ann.says(f"{number} " + "é" * 300)
     await ann.hears("7 é")
     room = chat.rooms["PARTY2"]
-    assert sum(len(entry.encode()) for _, entry in room.history) == room.history_bytes <= 2_000
-    assert room.history
+    assert sum(sys.getsizeof(entry) for _, entry in room.history) == room.history_bytes <= 2_000
+    assert len(room.history) > 1
+
+
+async def test_all_histories_together_are_bounded(tab, join, monkeypatch):
+    monkeypatch.setitem(limits, "TALK_BYTES", 20_000)
+    monkeypatch.setitem(limits, "BEAT", 0.05)
+    ann = await join("Ann")
+    for number in range(8):
+        await ann.says(f"{number} " + "é" * 1_000)
+    await ann.hears("7 é")
+    assert chat.rooms["PARTY2"].history_bytes > 8_000
+    for digit in "2345":
+        chat.open_room(f"OTHER{digit}")
+    beat = asyncio.create_task(chat.beat())  # makes all rooms give way, also when nobody talks
+    await ann.hears("#beat")
+    beat.cancel()
+    assert 0 < chat.rooms["PARTY2"].history_bytes <= 4_000
+
+
+async def test_a_slow_member_is_evicted_by_bytes_too(join, monkeypatch):
+    monkeypatch.setitem(limits, "HISTORY_BYTES", 5_000)
+    ann, bob = await join("Ann"), await join("Bob")
+    await bob.hears(count(2))
+    slow = chat.rooms["PARTY2"].members[bob.id]
+    slow.outbox = stuck = chat.Outbox()  # one that nobody empties
+    for number in range(9):
+        await ann.says(f"{number} " + "x" * 1_900)
+        await ann.hears(f"{number} x")
+    assert slow.outbox is None
+    assert [end.args[0] for [end] in stuck._queue] == [1013]
+    assert stuck.bytes < 1_000  # what waited is let go
+
+
+async def test_a_long_history_comes_in_frames_of_bounded_size(tab, join):
+    ann = await join("Ann")
+    for number in range(9):
+        await ann.says(f"{number} " + "&" * 1_900)
+    await ann.hears("8 &amp;")
+    bob = await tab()
+    await bob.does(hello={"name": "Bob"})
+    sizes = []
+    while "Bob joined" not in bob.unread:
+        bob.unread += (frame := await bob.socket.receive())
+        sizes.append(len(frame))
+    assert [f">{n} &amp;" in bob.unread for n in range(9)] == [True] * 9
+    assert len(sizes) > 2
+    assert max(sizes) <= chat.FRAME_SIZE
+
+
+async def test_who_is_lost_makes_way_for_who_is_here(join, monkeypatch):
+    monkeypatch.setitem(limits, "MEMBERS", 2)
+    ann, bob = await join("Ann"), await join("Bob")
+    await bob.loses_connection()
+    await join("Cy")
+    await ann.hears("Bob left")
+    assert [member.name for member in chat.rooms["PARTY2"].members.values()] == ["Ann", "Cy"]
+
+
+async def test_the_lost_count_towards_their_address(tab, join, monkeypatch):
+    monkeypatch.setitem(limits, "SOCKETS_PER_ADDRESS", 2)
+    for _ in range(2):
+        await (await join("Ghost")).loses_connection()
+    third = await tab()
+    await third.does(hello={"name": "Ghost"})
+    assert await third.is_closed() == 4503
+
+
+async def test_the_lost_are_bounded_in_all(tab, join, monkeypatch):
+    monkeypatch.setitem(limits, "SOCKETS", 1)
+    ghosts = [await join(name) for name in ("Ann",)]
+    await ghosts[0].loses_connection()
+    ghosts.append(await join("Bob"))
+    await ghosts[1].loses_connection()
+    third = await tab()
+    await third.does(hello={"name": "Ghost"})
+    assert await third.is_closed() == 4503
 
 
 @pytest.mark.parametrize("after", [1, -5, 10**17, 10**400])
@@ -711,13 +788,14 @@ async def test_a_slow_member_is_evicted_and_can_resume_and_nobody_else_notices(
     slow = chat.rooms["PARTY2"].members[bob.id]
     await bob.hears(count(2))
     after = bob.last
-    outbox, slow.outbox = slow.outbox, asyncio.Queue(2)  # one that nobody empties
+    monkeypatch.setitem(limits, "OUTBOX", 2)
+    outbox, slow.outbox = slow.outbox, chat.Outbox()  # one that nobody empties
     stuck = slow.outbox
     for number in range(4):
         await ann.says(f"line {number}")
         await ann.hears(f"line {number}")
     assert slow.outbox is None
-    assert [end.args[0] for end in stuck._queue] == [1013]  # what waited is gone, to be resumed
+    assert [end.args[0] for [end] in stuck._queue] == [1013]  # what waited is gone, to be resumed
     chat.hang_up(outbox, chat.Close(1013, ""))
     again = await (await tab()).hello(token=bob.token, after=after)
     heard = await again.hears("line 3")
@@ -906,7 +984,8 @@ async def test_one_address_has_only_so_many_connections(tab, join, monkeypatch):
     ann, bob = await join("Ann"), await join("Bob")
     third = await tab()
     assert await third.is_closed() == 4503
-    await ann.loses_connection()
+    await ann.does(leave=True)
+    await ann.is_closed()
     cy = await join("Cy")
     await cy.says("there is room again")
     await bob.hears("there is room again")
@@ -1135,7 +1214,7 @@ async def test_over_tls_browsers_are_told_to_stay_there(server):
 async def test_scripts_are_kept_for_long_and_run_only_if_they_are_ours(server):
     page = await http(server, "GET /r/PARTY2 HTTP/1.1")
     scripts = re.findall(r'src="(.+?)" integrity="sha384-(.+?)"', page)
-    assert len(scripts) == page.count("<script") == 3
+    assert len(scripts) == page.count("<script") == 4
     for address, digest in scripts:
         answer = await http(server, f"GET {html.unescape(address)} HTTP/1.1")
         assert "cache-control: max-age=31536000, immutable\r\n" in answer
