@@ -80,13 +80,13 @@ function hello() {
   greeted = send({ hello: me ? { token: me.token, after: last } : { name: wanted } });
 }
 
-chat.addEventListener("htmx:ws:before:connection", (event) => {
+chat.addEventListener("htmx-ws-before-connection", (event) => {
   if (chat.dataset.state === "closed") event.preventDefault(); // htmx would connect again on 1000
   connection = event.detail.connection;
   heard = Date.now();
 });
 
-chat.addEventListener("htmx:ws:after:connection", async () => {
+chat.addEventListener("htmx-ws-after-connection", async () => {
   clearTimeout(connection.timer);
   joined = greeted = false;
   inFlight = null;
@@ -101,13 +101,13 @@ chat.addEventListener("htmx:ws:after:connection", async () => {
   else hello();
 });
 
-chat.addEventListener("htmx:ws:before:message:incoming", () => {
+chat.addEventListener("htmx-ws-before-message-incoming", () => {
   heard = Date.now();
   // The server's heartbeat sets the pace of ours, because timers stand still in a hidden tab.
-  if (joined && heard - spoke > 15_000) send({ here: last });
+  if (joined && heard - spoke > 750 * chat.dataset.beat) send({ here: last });
 });
 
-chat.addEventListener("htmx:ws:close", (event) => {
+chat.addEventListener("htmx-ws-close", (event) => {
   const { code } = event.detail;
   joined = false;
   if (!code || chat.dataset.state === "closed") return;
@@ -248,5 +248,6 @@ $("leave").addEventListener("click", () => {
 
 text.value = store.get("draft") || "";
 showUnsent();
+$("join").querySelector("button").disabled = false; // until now Enter would have been the browser's own
 if (me) dial();
 else $("name").focus();
