@@ -1261,6 +1261,7 @@ async def test_a_process_that_has_come_back_gets_no_rooms_until_a_reload(many, v
     for one in (ann, bob, cy):
         await one.reads("one", "two", "gap", "moved")
     many.start_again(0)
+    await asyncio.sleep(11)  # by default, nginx would try it again after 10
     cy.loses_connection()
     await cy.until(lambda visitor: visitor.dialled > 2)
     dan = await visit(ann.code, "Dan")
