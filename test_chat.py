@@ -1120,7 +1120,7 @@ class Visitor:
     async def live(self) -> None:
         while True:
             with contextlib.suppress(bench_chat.Closed, OSError):
-                self.dialled += 1
+                self.dialled, self.people = self.dialled + 1, ""
                 self.peer = await bench_chat.Peer.connect(self.many.port, self.code)
                 me = {"token": self.token, "after": self.after}
                 self.peer.send(hello=me if self.token else {"name": self.name})
