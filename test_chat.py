@@ -6,9 +6,11 @@ network can do to it is tried on a real server, and the page in a real browser.
 
 import asyncio
 import base64
+import contextlib
 import errno
 import hashlib
 import html
+import itertools
 import json
 import os
 import re
@@ -1421,6 +1423,298 @@ async def test_a_missing_package_is_one_sentence():
     code, said = program(code="import sys; sys.modules['quart'] = None; import chat")
     assert code == 1
     assert said == "The package quart is missing. Install it: pip install -r requirements.txt\n"
+
+
+# ── Many processes: a real nginx before four real servers ────────────────────────────────────────
+
+
+class Many:
+    """Four servers behind an nginx, which runs as deploy/nginx-many.conf says, on free ports."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.servers = [bench_chat.Server(CHAT_SECRET="shared", CHAT_PROXIES="1") for _ in range(4)]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        ports = {8001 + number: server.port for number, server in enumerate(self.servers)}
+        ports[8080] = self.port
+        config = (bench_chat.HERE / "deploy" / "nginx-many.conf").read_text()
+        config = re.sub(r"(?<=127\.0\.0\.1:)\d+", lambda port: str(ports[int(port[0])]), config)
+        (folder / "nginx.conf").write_text(config)
+        nginx = ["nginx", "-p", str(folder), "-c", "nginx.conf", "-e", "stderr"]
+        self.nginx = subprocess.Popen([*nginx, "-g", "daemon off;"])
+
+    async def start(self) -> None:
+        async with asyncio.timeout(20):
+            while True:
+                try:
+                    return socket.create_connection(("127.0.0.1", self.port)).close()
+                except ConnectionRefusedError:
+                    await asyncio.sleep(0.05)
+
+    def create_room(self, code: str) -> int:
+        """Create a room through nginx; return the number of the server that has got it."""
+        before = [health(server)["rooms"] for server in self.servers]
+        bench_chat.Server.create_room(self, code)
+        after = [health(server)["rooms"] for server in self.servers]
+        grown = [number for number in range(4) if after[number] > before[number]]
+        assert len(grown) == 1, f"{code} was created on {grown}"
+        return grown[0]
+
+    def kill(self, number: int) -> None:
+        self.servers[number].process.kill()
+        self.servers[number].process.wait()
+
+    def start_again(self, number: int) -> None:
+        """Start a server that was killed, on its old port."""
+        server = self.servers[number]
+        server.process.stdout.close()
+        server.program = f"import sys, chat; sys.argv[-1] = '{server.port}'; chat.main()"
+        server.start(CHAT_SECRET="shared", CHAT_PROXIES="1")
+
+    def reload(self) -> None:
+        """Do as `nginx -s reload` does."""
+        self.nginx.send_signal(signal.SIGHUP)
+
+    def stop(self) -> None:
+        self.nginx.terminate()
+        self.nginx.wait(10)
+        for server in self.servers:
+            if server.process.returncode is None:
+                server.stop()
+            else:
+                server.process.stdout.close()
+
+
+@pytest.fixture
+async def many(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/sbin", prepend=":")  # where Debian has it
+    if not shutil.which("nginx"):
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("no nginx: many are not tested")
+    many = Many(tmp_path)
+    try:
+        await many.start()
+        yield many
+    finally:
+        await bench_chat.Peer.close_all()
+        many.stop()
+
+
+class Visitor:
+    """Somebody who behaves as the page does: dials again, resumes, shows every message once."""
+
+    def __init__(self, many: Many, code: str, name: str):
+        self.many, self.code, self.name = many, code, name
+        self.token, self.after, self.log, self.people = None, 0, [], ""
+        self.unsent: list[str] = []
+        self.dialled = 0
+        self.task = asyncio.create_task(self.live())
+
+    async def live(self) -> None:
+        while True:
+            with contextlib.suppress(bench_chat.Closed, OSError):
+                self.dialled, self.people = self.dialled + 1, ""
+                self.peer = await bench_chat.Peer.connect(self.many.port, self.code)
+                me = {"token": self.token, "after": self.after}
+                self.peer.send(hello=me if self.token else {"name": self.name})
+                for id in self.unsent:
+                    self.peer.send(say=id, id=id)
+                while True:
+                    self.read(await self.peer.receive())
+            await asyncio.sleep(0.3)
+
+    def read(self, frame: str) -> None:
+        if token := re.search('data-token="(.+?)"', frame):
+            self.token = token[1]
+        if people := re.search('hx-target="#people".*?</hx-partial>', frame, re.DOTALL):
+            self.people = people[0]
+        for kind, seq, _, id, gap, before in bench_chat.ENTRY.findall(frame):
+            self.after = int(seq or before)
+            if gap or (kind == "message" and id not in self.log):
+                self.log.append(gap or id)
+            if id in self.unsent:
+                self.unsent.remove(id)
+
+    def says(self, id: str) -> None:
+        self.unsent.append(id)
+        with contextlib.suppress(OSError):
+            self.peer.send(say=id, id=id)
+
+    def loses_connection(self) -> None:
+        self.peer.close()
+
+    async def until(self, true) -> None:
+        async with asyncio.timeout(20):
+            while not true(self):
+                assert not self.task.done(), self.task.exception()
+                await asyncio.sleep(0.02)
+
+    async def reads(self, *log: str) -> None:
+        """Wait until exactly this has been shown, and nothing is unsent."""
+        try:
+            await self.until(lambda _: self.log == list(log) and not self.unsent)
+        except TimeoutError:
+            assert (self.log, self.unsent) == (list(log), [])
+
+    async def sees(self, *names: str) -> None:
+        """Wait until exactly these are shown as being here."""
+        await self.until(lambda _: sorted(self.here()) == sorted(names))
+        assert "(reconnecting)" not in self.people
+
+    def here(self) -> list[str]:
+        return re.findall(r'class="who">(\w+)</bdi></li>', self.people)
+
+
+@pytest.fixture
+async def visit(many):
+    """Let somebody enter a room through nginx: `ann = await visit(code, "Ann")`."""
+    visitors = []
+
+    async def enter(code: str, name: str) -> Visitor:
+        visitors.append(Visitor(many, code, name))
+        await visitors[-1].until(lambda visitor: name in visitor.here())
+        return visitors[-1]
+
+    yield enter
+    for visitor in visitors:
+        visitor.task.cancel()
+    await asyncio.gather(*(visitor.task for visitor in visitors), return_exceptions=True)
+
+
+NAMES = "Ann", "Bob", "Cy"
+
+
+async def test_the_members_of_a_room_meet_and_the_rooms_are_spread(many, visit):
+    codes = [f"MANY{a}{b}" for a in "23456789" for b in "23456789"]
+    homes = [many.create_room(code) for code in codes]
+    assert set(homes) == {0, 1, 2, 3}
+    for code in codes[:20]:
+        ann, bob, cy = [await visit(code, name) for name in NAMES]
+        for one, said in (ann, "hi"), (bob, "hello"), (cy, code):
+            one.says(said)
+            await ann.until(lambda visitor, said=said: said in visitor.log)
+        for one in (ann, bob, cy):
+            await one.reads("hi", "hello", code)
+    for number, server in enumerate(many.servers):
+        members = homes[:20].count(number) * 3
+        assert health(server) == {
+            "rooms": homes.count(number),
+            "members": members,
+            "connections": members,
+        }
+
+
+async def rooms_on_all(many: Many, visit) -> dict[int, list[Visitor]]:
+    """Fill one room on each server with people who have talked; return them by server."""
+    people, tries = {}, iter(itertools.product("23456789", repeat=2))
+    while len(people) < 4:
+        code = "MANY" + "".join(next(tries))
+        home = many.create_room(code)
+        if home not in people:
+            people[home] = [await visit(code, name) for name in NAMES]
+    for ann, bob, cy in people.values():
+        ann.says("one")
+        await bob.until(lambda visitor: visitor.log)
+        bob.says("two")
+        for one in (ann, bob, cy):
+            await one.reads("one", "two")
+    return people
+
+
+async def test_when_a_process_dies_its_rooms_move_and_no_other_notices(many, visit):
+    people = await rooms_on_all(many, visit)
+    ann, bob, cy = people.pop(0)
+    many.kill(0)
+    ann.says("while-it-is-down")
+    for one in (ann, bob, cy):
+        await one.reads("one", "two", "gap", "while-it-is-down")
+        await one.sees(*NAMES)
+    cy.says("after")
+    for one in (ann, bob, cy):
+        await one.reads("one", "two", "gap", "while-it-is-down", "after")
+    assert [health(server)["connections"] for server in many.servers[1:]].count(6) == 1
+    for others in people.values():
+        others[0].says("three")
+        for one in others:
+            await one.reads("one", "two", "three")
+            assert one.dialled == 1
+
+
+async def test_a_process_that_has_come_back_gets_no_rooms_until_a_reload(many, visit):
+    """Or those who come now would be in another room than those who have been there since.
+
+    nginx chooses for new connections only. With a short fail_timeout, whose network blinked after
+    the return of the process would be there alone, under the same code, the rest "reconnecting".
+    A reload ends all connections, so that all members of a room come back to the same process.
+    """
+    people = await rooms_on_all(many, visit)
+    ann, bob, cy = people.pop(0)
+    many.kill(0)
+    ann.says("moved")
+    for one in (ann, bob, cy):
+        await one.reads("one", "two", "gap", "moved")
+    many.start_again(0)
+    await asyncio.sleep(11)  # by default, nginx would try it again after 10
+    cy.loses_connection()
+    await cy.until(lambda visitor: visitor.dialled > 2)
+    dan = await visit(ann.code, "Dan")
+    for one in (ann, bob, cy):
+        await one.sees(*NAMES, "Dan")
+    cy.says("all-here")
+    await dan.reads("moved", "all-here")
+    assert health(many.servers[0])["connections"] == 0
+
+    before = {one: one.dialled for one in (ann, bob, cy, dan, *itertools.chain(*people.values()))}
+    many.reload()
+    for one, dialled in before.items():
+        await one.until(lambda visitor, dialled=dialled: visitor.dialled > dialled)
+    for one in (ann, bob, cy, dan):
+        await one.sees(*NAMES, "Dan")
+    assert health(many.servers[0])["connections"] == 4
+    dan.says("home")
+    await dan.reads("moved", "all-here", "gap", "home")
+    for one in (ann, bob, cy):
+        await one.reads("one", "two", "gap", "moved", "all-here", "gap", "home")
+    for others in people.values():  # their rooms have stayed, and their members resume
+        others[0].says("three")
+        for one in others:
+            await one.sees(*NAMES)
+            await one.reads("one", "two", "three")
+
+
+async def test_when_each_process_has_died_once_those_that_came_back_are_used(many, visit):
+    home = many.create_room("MANY22")
+    ann = await visit("MANY22", "Ann")
+    for round in "abcd":
+        many.kill(home)
+        ann.says(round)
+        await ann.until(lambda visitor: not visitor.unsent)
+        many.start_again(home)
+        home = [health(server)["connections"] for server in many.servers].index(1)
+    bob = await visit("MANY22", "Bob")
+    bob.says("found-you")
+    await ann.reads("gap", "a", "gap", "b", "gap", "c", "gap", "d", "found-you")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (b"Upgrade: websocket\r\nSec-WebSocket-Protocol: \xff\r\n", b"101"),
+        (b"Upgrade: websocket\r\nSec-WebSocket-Extensions: \xff\r\n", b"101"),
+        (b"Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n", b"400"),
+        (b"Content-Length: 20000\r\n", b"413"),
+        (b"A: " + b"a" * 5000 + b"\r\n", b"400"),
+    ],
+)
+async def test_no_request_makes_a_process_look_dead(many, headers, status):
+    with socket.create_connection(("127.0.0.1", many.port), 10) as line:
+        address = f"127.0.0.1:{many.port}".encode()
+        line.sendall(
+            b"GET /r/MANY22/ws HTTP/1.1\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nHost: %b\r\nOrigin: http://%b\r\n"
+            b"%b\r\n" % (address, address, headers)
+        )
+        assert line.recv(100).split()[1] == status
 
 
 # ── The page: a real browser ─────────────────────────────────────────────────────────────────────
