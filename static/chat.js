@@ -252,3 +252,12 @@ text.value = store.get("draft") || "";
 showUnsent();
 if (me) dial();
 else $("name").focus();
+
+// The wire view is for those who ask for it, and so is its script.
+$("wire-open").onclick = function load({ currentTarget: button }) {
+  const { src, integrity = "" } = button.dataset;
+  const script = Object.assign(document.createElement("script"), { src, integrity });
+  script.onerror = () => (button.onclick = load); // to be asked for again
+  button.onclick = null;
+  document.head.append(script);
+};
