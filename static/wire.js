@@ -2,10 +2,8 @@
 // browser's own WebSocket; from chat.js it takes $, chat, connection, redial and spoke.
 "use strict";
 {
-  const KEPT = 200, CUT = 200; // frames in the list, characters of each
-  const WAYS = { out: "↑ out", in: "↓ in", held: "✋ held back", line: "● line" };
-  const PARTS = { "#me": "welcome", "#people": "presence", "#beat": "heartbeat", "#count": "", "#verdict": "" };
-  const TIME = { hour: "2-digit", minute: "2-digit", second: "2-digit", fractionalSecondDigits: 3 };
+  const KEPT = 200, CUT = 160; // frames in the list, characters of each
+  const WORDS = { "#me": "welcome", "#people": "presence", "#beat": "heartbeat", "#count": "", "#verdict": "" };
   const wire = $("wire"), list = $("wire-frames"), scroller = $("wire-scroller");
   const asked = new Map(); // when we sent what will be answered: a message, by its id, or a hello
   const held = []; // [socket, frame], what a frozen page has not sent
@@ -17,16 +15,14 @@
 
   function show(way, what, data = "") {
     const row = $("wire-frame").content.cloneNode(true);
-    const fill = (part, text) => (row.querySelector(part).textContent = text);
     // On a projector everybody could read the token, and with it be this member.
     const text = data.replace(/(token"?[:=]")[^"]+/g, "$1••••••");
-    const size = way === "line" ? "" : `${new TextEncoder().encode(data).length} bytes`;
-    row.firstElementChild.className = way;
-    fill(".way", WAYS[way]);
-    fill(".when", `${new Date().toLocaleTimeString("en-GB", TIME)} ${size}`);
-    fill(".what", what);
-    fill(".start", text.slice(0, CUT));
-    fill(".rest", text.slice(CUT));
+    const size = way === "● line" ? "" : `${new TextEncoder().encode(data).length} bytes`;
+    const now = new Date(), thousandths = String(now % 1000).padStart(3, "0");
+    const when = `${now.toLocaleTimeString("en-GB")}.${thousandths} ${size}`;
+    const parts = { way, when, what, start: text.slice(0, CUT), rest: text.slice(CUT) };
+    for (const name in parts) row.querySelector("." + name).textContent = parts[name];
+    row.firstElementChild.classList.add(way.slice(2));
     list.append(row);
     while (list.childElementCount > KEPT) list.firstElementChild.remove();
     if (!on("wire-pause")) scroller.scrollTop = scroller.scrollHeight;
@@ -40,14 +36,14 @@
     const all = (what, words) => [...page.querySelectorAll(what)].map(words);
     const [first, ...rest] = all("li[data-seq]", (li) => short(li.dataset.seq));
     const what = [
-      all("hx-partial", (part) => part.getAttribute("hx-target")).map((target) => PARTS[target] ?? target),
+      all("hx-partial", (part) => part.getAttribute("hx-target")).map((target) => WORDS[target] ?? target),
       first && (rest.length ? `entries ${first} to ${rest.pop()}` : `entry ${first}`),
       all(".gap", () => "a gap"),
       all("[data-verdict]", ({ dataset }) => `verdict on ${short(dataset.id)}: ${dataset.verdict}`),
       all("[data-token]", () => answered("hello", "hello to welcome")),
       all("li[data-id]", (li) => answered(li.dataset.id, "say to echo")),
     ];
-    show("in", what.flat().filter(Boolean).join(", "), data);
+    show("↓ in", what.flat().filter(Boolean).join(", "), data);
   }
 
   const transmit = WebSocket.prototype.send;
@@ -55,11 +51,11 @@
     const { id, ...frame } = JSON.parse(data), [verb] = Object.keys(frame), { after } = frame.hello ?? {};
     const what = verb + (id ? `, id ${short(id)}` : "") + (after ? `, after ${short(after)}` : "");
     if (verb === "bye" || verb === "leave") thaw(); // or the others would wait for us
-    if (on("wire-freeze")) return held.push([this, data]), show("held", what, data);
+    if (on("wire-freeze")) return held.push([this, data]), show("↑ held", what, data);
     const copies = verb === "say" && on("wire-twice") ? [data, data] : [data];
     if (copies.length > 1) press("wire-twice", false);
     asked.set(id ?? verb, performance.now());
-    for (const copy of copies) transmit.call(this, copy), show("out", what, copy);
+    for (const copy of copies) transmit.call(this, copy), show("↑ out", what, copy);
     sent = Date.now();
   };
   function thaw() {
@@ -69,34 +65,30 @@
   function closed({ code, reason }) {
     for (const row of wire.querySelectorAll("[data-code]")) row.ariaCurrent = row.dataset.code == code;
     const meaning = wire.querySelector("[aria-current=true] td")?.textContent ?? "not a code of this chat";
-    show("line", `closed with ${code}: ${meaning}`, reason);
+    show("● line", `closed with ${code}: ${meaning}`, reason);
     held.length = 0; // lost with the connection; chat.js says again what has had no echo
     thaw();
   }
   function watch(socket) {
-    show("line", socket.readyState === WebSocket.CONNECTING ? "connecting" : "open already");
-    socket.addEventListener("open", () => show("line", "open: the server has said 101"));
+    show("● line", socket.readyState === WebSocket.OPEN ? "open already" : "connecting");
+    socket.addEventListener("open", () => show("● line", "open: the server has said 101"));
     socket.addEventListener("message", incoming);
     socket.addEventListener("close", closed, { once: true }); // after a redial it closes once more
     if (on("wire-plug")) socket.close(); // for the page, a try that has failed: 1006
   }
-  window.WebSocket = class extends WebSocket {
-    constructor(...address) {
-      watch(super(...address));
-    }
-  };
   if (connection?.socket) watch(connection.socket);
+  window.WebSocket = class extends WebSocket { constructor(...address) { watch(super(...address)); } };
 
-  // htmx keeps only the number of the timer for its next try, so note of each timer when it is due.
+  // htmx keeps only the number of the timer for its next try, so note of each when it is due.
   const start = setTimeout, due = new Map();
-  window.setTimeout = (what, delay, ...values) => {
-    const timer = start(what, delay, ...values);
-    if (chat.dataset.state === "reconnecting") due.set(timer, Date.now() + delay);
+  window.setTimeout = (...call) => {
+    const timer = start(...call);
+    if (chat.dataset.state === "reconnecting") due.set(timer, Date.now() + call[1]);
     return timer;
   };
   setInterval(() => {
-    const { state } = chat.dataset, next = due.get(connection?.timer), end = sent + 1000 * wire.dataset.silence;
-    const silent = `open, but silent; the server lets go in about ${seconds(end)}`;
+    const { state } = chat.dataset, next = due.get(connection?.timer);
+    const silent = `open, but silent; the server lets go in about ${seconds(sent + 1000 * wire.dataset.silence)}`;
     const wait = next > Date.now() ? `try ${connection.attempt} in ${seconds(next)}` : "trying";
     const words = { connected: on("wire-freeze") ? silent : "open", reconnecting: `reconnecting, ${wait}` };
     $("wire-state").textContent = words[state] ?? state;
@@ -105,13 +97,14 @@
   $("wire-plug").onclick = () => (press("wire-plug"), redial()); // in again: the next try comes soon
   $("wire-freeze").onclick = () => (on("wire-freeze") ? thaw() : press("wire-freeze"));
   for (const id of ["wire-twice", "wire-pause"]) $(id).onclick = () => press(id);
-  function turned() {
-    const open = wire.matches(":popover-open");
-    if (!open && on("wire-plug")) $("wire-plug").click(); // no chat stays dead without a word
-    $(open ? "wire-title" : "wire-open").focus();
-  }
-  wire.ontoggle = turned;
-  addEventListener("keydown", ({ key, isComposing }) => key === "Escape" && !isComposing && wire.hidePopover());
-  for (const name of ["host", "origin"]) $(`wire-${name}`).textContent = location[name];
-  $("wire-address").textContent = location.origin.replace("http", "ws") + chat.getAttribute("hx-ws:connect");
+  addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && !event.isComposing) wire.hidePopover();
+  });
+  wire.ontoggle = ({ newState }) => {
+    if (newState === "closed" && on("wire-plug")) $("wire-plug").click(); // or the chat would stay dead
+    if (newState === "open") $("wire-title").focus();
+    else if (document.activeElement === document.body) $("wire-open").focus(); // it was in the panel
+  };
+  for (const name of ["host", "origin"]) $("wire-" + name).textContent = location[name];
+  $("wire-title").focus();
 }
