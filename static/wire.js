@@ -10,6 +10,7 @@
   let sent = spoke; // when the last frame really went out
   const on = (id) => $(id).ariaPressed === "true";
   const press = (id, pressed = !on(id)) => ($(id).ariaPressed = pressed);
+  const follow = () => on("wire-pause") || (scroller.scrollTop = scroller.scrollHeight);
   const short = (number) => "…" + String(number).slice(-4); // they are long, and begin alike
   const seconds = (until) => Math.max(0, (until - Date.now()) / 1000).toFixed(1) + " s";
 
@@ -25,7 +26,7 @@
     row.firstElementChild.classList.add(way.slice(2));
     list.append(row);
     while (list.childElementCount > KEPT) list.firstElementChild.remove();
-    if (!on("wire-pause")) scroller.scrollTop = scroller.scrollHeight;
+    follow();
   }
   function answered(id, way) {
     const trip = `${(performance.now() - asked.get(id)).toFixed(1)} ms from ${way}`;
@@ -96,15 +97,15 @@
 
   $("wire-plug").onclick = () => (press("wire-plug"), redial()); // in again: the next try comes soon
   $("wire-freeze").onclick = () => (on("wire-freeze") ? thaw() : press("wire-freeze"));
-  for (const id of ["wire-twice", "wire-pause"]) $(id).onclick = () => press(id);
+  $("wire-twice").onclick = () => press("wire-twice");
+  $("wire-pause").onclick = () => press("wire-pause") || follow();
   addEventListener("keydown", (event) => {
     if (event.key === "Escape" && !event.isComposing) wire.hidePopover();
   });
   wire.ontoggle = ({ newState }) => {
-    if (newState === "closed" && on("wire-plug")) $("wire-plug").click(); // or the chat would stay dead
-    if (newState === "open") $("wire-title").focus();
-    else if (document.activeElement === document.body) $("wire-open").focus(); // it was in the panel
+    if (newState === "open") return follow();
+    if (on("wire-plug")) $("wire-plug").click(); // or the chat would stay dead, and not say why
+    if (!chat.contains(document.activeElement)) $("wire-open").focus(); // it was in the panel
   };
   for (const name of ["host", "origin"]) $("wire-" + name).textContent = location[name];
-  $("wire-title").focus();
 }
