@@ -3,6 +3,7 @@
 "use strict";
 {
   const KEPT = 200, CUT = 160; // frames in the list, characters of each
+  const TIME = { hour: "2-digit", minute: "2-digit", second: "2-digit", fractionalSecondDigits: 3 };
   const WORDS = { "#me": "welcome", "#people": "presence", "#beat": "heartbeat", "#count": "", "#verdict": "" };
   const wire = $("wire"), list = $("wire-frames"), scroller = $("wire-scroller");
   const asked = new Map(); // when we sent what will be answered: a message, by its id, or a hello
@@ -18,9 +19,8 @@
     const row = $("wire-frame").content.cloneNode(true);
     // On a projector everybody could read the token, and with it be this member.
     const text = data.replace(/(token"?[:=]")[^"]+/g, "$1••••••");
-    const size = way === "● line" ? "" : `${new TextEncoder().encode(data).length} bytes`;
-    const now = new Date(), thousandths = String(now % 1000).padStart(3, "0");
-    const when = `${now.toLocaleTimeString("en-GB")}.${thousandths} ${size}`;
+    const size = way === "● line" ? "" : ` ${new TextEncoder().encode(data).length} bytes`;
+    const when = new Date().toLocaleTimeString("en-GB", TIME) + size;
     const parts = { way, when, what, start: text.slice(0, CUT), rest: text.slice(CUT) };
     for (const name in parts) row.querySelector("." + name).textContent = parts[name];
     row.firstElementChild.classList.add(way.slice(2));
@@ -52,7 +52,7 @@
     const { id, ...frame } = JSON.parse(data), [verb] = Object.keys(frame), { after } = frame.hello ?? {};
     const what = verb + (id ? `, id ${short(id)}` : "") + (after ? `, after ${short(after)}` : "");
     if (verb === "bye" || verb === "leave") thaw(); // or the others would wait for us
-    if (on("wire-freeze")) return held.push([this, data]), show("↑ held", what, data);
+    if (on("wire-freeze") && verb !== "hello") return held.push([this, data]), show("↑ held", what, data);
     const copies = verb === "say" && on("wire-twice") ? [data, data] : [data];
     if (copies.length > 1) press("wire-twice", false);
     asked.set(id ?? verb, performance.now());
@@ -71,13 +71,13 @@
     thaw();
   }
   function watch(socket) {
-    show("● line", socket.readyState === WebSocket.OPEN ? "open already" : "connecting");
+    show("● line", socket.readyState === WebSocket.CONNECTING ? "connecting" : "open already");
     socket.addEventListener("open", () => show("● line", "open: the server has said 101"));
     socket.addEventListener("message", incoming);
     socket.addEventListener("close", closed, { once: true }); // after a redial it closes once more
     if (on("wire-plug")) socket.close(); // for the page, a try that has failed: 1006
   }
-  if (connection?.socket) watch(connection.socket);
+  if (connection?.socket?.readyState <= WebSocket.OPEN) watch(connection.socket);
   window.WebSocket = class extends WebSocket { constructor(...address) { watch(super(...address)); } };
 
   // htmx keeps only the number of the timer for its next try, so note of each when it is due.
@@ -99,9 +99,7 @@
   $("wire-freeze").onclick = () => (on("wire-freeze") ? thaw() : press("wire-freeze"));
   $("wire-twice").onclick = () => press("wire-twice");
   $("wire-pause").onclick = () => press("wire-pause") || follow();
-  addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && !event.isComposing) wire.hidePopover();
-  });
+  addEventListener("keydown", (event) => event.key === "Escape" && !event.isComposing && wire.hidePopover());
   wire.ontoggle = ({ newState }) => {
     if (newState === "open") return follow();
     if (on("wire-plug")) $("wire-plug").click(); // or the chat would stay dead, and not say why
