@@ -1562,6 +1562,15 @@ async def test_whoever_thaws_in_time_says_what_was_held_back(browser, server):
     await shows(bob, "Ann left")  # at once: a leaving is not held back
 
 
+async def test_who_freezes_while_the_line_is_down_comes_back_all_the_same(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    await shows_the_wire(ann)
+    for id in ("wire-plug", "wire-plug", "wire-freeze"):
+        await ann.evaluate(f"document.getElementById('{id}').click()")
+    await frames(ann, "↓ in", "welcome")  # a hello held back would end the talk, with 1008
+    await ann.wait_for_selector("[data-state=connected]")
+
+
 async def test_what_is_sent_twice_is_shown_once(browser, server):
     ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
     bob = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Bob")
