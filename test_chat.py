@@ -2456,6 +2456,199 @@ async def test_enter_while_composing_is_not_a_send(browser, server):
     await shows(ann, "nihao")
 
 
+async def shows_the_wire(page):
+    await page.click("#wire-open")
+    await page.wait_for_selector("#wire-state:has-text('open')")
+    return page
+
+
+async def frames(page, *words: str) -> list[str]:
+    """Wait for a frame with all these words in the wire view; return all that have them."""
+    rows = page.locator("#wire-frames li")
+    for word in words:
+        rows = rows.filter(has_text=word)
+    await rows.first.wait_for()
+    return await rows.all_inner_texts()
+
+
+async def test_the_wire_view_is_loaded_when_it_is_asked_for(browser, server):
+    ann = await open_tab(browser, server.port, "/r/PARTY2")
+    asked = []
+    ann.on("request", lambda request: asked.append(request.url.rsplit("/", 1)[-1]))
+    await enters(ann, "Ann")
+    await ann.reload()
+    await ann.wait_for_selector("[data-state=connected]")
+    assert "chat.js" in asked and "wire.js" not in asked
+    assert not await ann.is_visible("#wire")
+    await shows_the_wire(ann)
+    for button in ("#wire-open", "#wire-open"):  # away, and back
+        await ann.click(button)
+    assert await ann.is_visible("#wire")
+    assert asked.count("wire.js") == 1
+    await ann.focus("#wire-scroller")
+    await ann.keyboard.press("Escape")
+    await ann.wait_for_selector("#wire", state="hidden")
+    await ann.wait_for_selector("#wire-open:focus")
+    assert ann.errors == []
+
+
+async def test_the_wire_view_shows_the_frames_of_both_directions_but_no_token(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    bob = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Bob")
+    await shows_the_wire(ann)
+    await writes(ann, "<b>Grüße</b>")
+    size = len((await frames(ann, "↑ out", "say, id …"))[0].split("\n")[-1].encode())
+    await frames(ann, "↑ out", f"{size} bytes", '{"say":"<b>Grüße</b>"')
+    seq = await ann.get_attribute("#log .mine", "data-seq")
+    await frames(ann, "↓ in", f"entry …{seq[-4:]}", "ms from say to echo")
+    await shows(ann, "ms from say to echo", "#wire-trip")
+    await ann.click("#wire-plug")
+    for word in ("one", "two", "three"):
+        await writes(bob, word)
+    await shows(bob, "three")
+    await ann.click("#wire-plug")
+    await frames(ann, "↑ out", f"hello, after …{seq[-4:]}", "token", "••••••")
+    first, last = (f"…{(int(seq) + more) % 10_000:04}" for more in (1, 3))
+    await frames(ann, "↓ in", f"welcome, entries {first} to {last}", "ms from hello to welcome")
+    await bob.click("#leave")
+    await frames(ann, "presence")
+    stored = await ann.evaluate("sessionStorage.getItem('mePARTY2')")
+    token = json.loads(stored)["token"]
+    assert token not in await ann.locator("#wire").evaluate("panel => panel.outerHTML")
+    assert ann.errors == []
+
+
+async def test_the_wire_view_keeps_the_last_200_frames_and_can_be_paused(browser, server):
+    ann = await shows_the_wire(
+        await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    )
+    hear = "for (let i = 0; i < 300; i++) connection.socket.dispatchEvent(new MessageEvent('message', {data: `<i>${i}</i>`}))"
+    await ann.evaluate(hear)
+    await frames(ann, "<i>299</i>")
+    assert await ann.locator("#wire-frames li").count() == 200
+    position = "document.getElementById('wire-scroller').scrollTop"
+    await ann.click("#wire-pause")
+    await ann.evaluate("document.getElementById('wire-scroller').scrollTop = 0")
+    await writes(ann, "not followed")
+    await frames(ann, "not followed", "↓ in")
+    assert await ann.evaluate(position) < 500
+    await ann.click("#wire-pause")
+    assert await ann.evaluate(position) > 5000
+
+
+async def test_whoever_pulls_the_plug_misses_nothing(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    bob = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Bob")
+    await shows_the_wire(ann)
+    await ann.click("#wire-plug")
+    await shows(ann, "reconnecting, try 2 in", "#wire-state")  # the first has failed
+    await frames(ann, "closed with 1006: no close frame came")
+    await ann.wait_for_selector("[data-code='1006'][aria-current=true]", state="attached")
+    await writes(ann, "into the void")
+    await writes(bob, "meanwhile")
+    await shows(bob, "Ann (reconnecting)", "#people")
+    await ann.click("#wire-plug")
+    await shows(ann, "open", "#wire-state")
+    await shows(bob, "into the void")
+    await writes(ann, "fence")
+    await shows(bob, "fence")
+    await shows(ann, "fence")
+    assert await messages(ann) == await messages(bob) == ["meanwhile", "into the void", "fence"]
+    assert await ann.locator("#unsent li, #log .gap").count() == 0
+    await ann.click("#wire-plug")  # and who closes the panel has the plug in again
+    await ann.click("#wire-close")
+    await ann.wait_for_selector("[data-state=connected]")
+
+
+async def test_the_server_lets_go_of_whoever_freezes_and_nothing_is_lost(browser, server):
+    server.stop()
+    server.start(CHAT_SILENCE="3", CHAT_BEAT="1")
+    server.create_room("PARTY2")
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    bob = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Bob")
+    await shows_the_wire(ann)
+    await ann.click("#wire-freeze")
+    await writes(ann, "frozen")
+    await shows(ann, "the server lets go in about", "#wire-state")
+    await frames(ann, "↑ held", "say", "frozen")
+    await frames(ann, "↓ in", "heartbeat")
+    await frames(ann, "closed with 1013: you were too slow, or silent", "Come back and resume")
+    assert await messages(bob) == []
+    await shows(bob, "frozen")
+    assert await ann.get_attribute("#wire-freeze", "aria-pressed") == "false"
+    await writes(ann, "fence")
+    await shows(bob, "fence")
+    await shows(ann, "fence")
+    assert await messages(ann) == await messages(bob) == ["frozen", "fence"]
+    assert await ann.locator("#unsent li").count() == 0
+
+
+async def test_whoever_thaws_in_time_says_what_was_held_back(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    bob = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Bob")
+    await shows_the_wire(ann)
+    await ann.click("#wire-freeze")
+    await writes(ann, "first")
+    await writes(ann, "second")
+    await writes(bob, "fence")
+    await shows(ann, "fence")
+    assert await ann.locator("#unsent li").count() == 2
+    await ann.click("#wire-freeze")
+    await shows(bob, "second")
+    await shows(ann, "second")
+    assert await messages(ann) == await messages(bob) == ["fence", "first", "second"]
+    await ann.click("#wire-freeze")
+    await ann.click("#leave")
+    await shows(bob, "Ann left")  # at once: a leaving is not held back
+
+
+async def test_who_freezes_while_the_line_is_down_comes_back_all_the_same(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    await shows_the_wire(ann)
+    for id in ("wire-plug", "wire-plug", "wire-freeze"):
+        await ann.evaluate(f"document.getElementById('{id}').click()")
+    await frames(ann, "↓ in", "welcome")  # a hello held back would end the talk, with 1008
+    await ann.wait_for_selector("[data-state=connected]")
+
+
+async def test_what_is_sent_twice_is_shown_once(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    bob = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Bob")
+    await shows_the_wire(ann)
+    await ann.click("#wire-twice")
+    await writes(ann, "hear, hear")
+    await frames(ann, "↓ in", "verdict on …", ": confirmed")
+    one, two = await frames(ann, "↑ out", "hear, hear")
+    assert one.split("\n")[-1] == two.split("\n")[-1]  # the id too
+    await writes(ann, "fence")
+    await shows(bob, "fence")
+    await shows(ann, "fence")
+    assert await messages(ann) == await messages(bob) == ["hear, hear", "fence"]
+    assert len(await frames(ann, "↑ out", "fence")) == 1
+    assert await ann.locator("#unsent li").count() == 0
+
+
+async def test_the_wire_view_covers_a_phone_and_leaves_room_for_the_chat_elsewhere(browser, server):
+    ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
+    await shows_the_wire(ann)
+    for width, height, both in (
+        (360, 740, False),
+        (740, 360, False),
+        (768, 1024, True),
+        (1440, 900, True),
+    ):
+        await ann.set_viewport_size({"width": width, "height": height})
+        assert await ann.is_visible("#text") == both
+        assert await ann.evaluate("document.documentElement.scrollWidth") == width
+        chat_box, panel = (
+            await ann.locator("#composer").bounding_box(),
+            await ann.locator("#wire").bounding_box(),
+        )
+        beside = chat_box["x"] + chat_box["width"] <= panel["x"]
+        above = chat_box["y"] + chat_box["height"] <= panel["y"]
+        assert (beside or above) == both
+
+
 # ── The README ───────────────────────────────────────────────────────────────────────────────────
 
 README = (bench_chat.HERE / "README.md").read_text()
@@ -2463,7 +2656,7 @@ README = (bench_chat.HERE / "README.md").read_text()
 
 async def test_the_readme_counts_the_lines_of_each_file():
     table = re.findall(r"^\| `(\w[\w/]*\.\w+)` \| (\d+) \|", README, re.MULTILINE)
-    assert len(table) == 6
+    assert len(table) == 8
     for name, lines in table:
         assert len((bench_chat.HERE / name).read_text().splitlines()) == int(lines), name
     assert f"{dict(table)['chat.py']} lines" in README
@@ -2481,6 +2674,12 @@ async def test_the_readme_lists_every_close_code():
     source = (bench_chat.HERE / "chat.py").read_text()
     listed = re.findall(r"^\| (\d{4}) \|", README, re.MULTILINE)
     assert set(re.findall(r"Close\((\d{4})", source)) <= set(listed)
+
+
+async def test_the_wire_view_explains_every_close_code():
+    page = (bench_chat.HERE / "templates/wire.html").read_text()
+    listed = re.findall(r"^\| (\d{4}) \|", README, re.MULTILINE)
+    assert set(listed) <= set(re.findall(r"\((\d{4}), ", page))
 
 
 async def test_a_setting_in_the_environment_counts():

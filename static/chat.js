@@ -251,3 +251,12 @@ showUnsent();
 $("join").querySelector("button").disabled = false; // until now Enter would have been the browser's own
 if (me) dial();
 else $("name").focus();
+
+// The wire view is for those who ask for it, and so is its script.
+$("wire-open").onclick = function load({ currentTarget: button }) {
+  const { src, integrity = "" } = button.dataset;
+  const script = Object.assign(document.createElement("script"), { src, integrity });
+  script.onerror = () => (button.onclick = load); // to be asked for again
+  button.onclick = null;
+  document.head.append(script);
+};
