@@ -2391,6 +2391,13 @@ async def test_no_page_and_no_state_keeps_anybody_out(browser, server, scheme, w
     await check(ann, "too long")
     await ann.click("#new")
     await check(ann, "what is new is marked")
+    await ann.click("#wire-open")
+    await writes(bob, "on the wire")
+    await ann.wait_for_selector("#wire-frames .in")
+    for summary in await ann.locator("#wire-desk summary").all():
+        await summary.click()
+    await check(ann, "wire view")
+    await ann.click("#wire-close")
     await ann.click("#open-invite")
     await check(ann, "inviting")
     await ann.click("#qr")
@@ -2474,7 +2481,7 @@ async def frames(page, *words: str) -> list[str]:
 async def test_the_wire_view_is_loaded_when_it_is_asked_for(browser, server):
     ann = await open_tab(browser, server.port, "/r/PARTY2")
     asked = []
-    ann.on("request", lambda request: asked.append(request.url.rsplit("/", 1)[-1]))
+    ann.on("request", lambda request: asked.append(request.url.split("?")[0].rsplit("/", 1)[-1]))
     await enters(ann, "Ann")
     await ann.reload()
     await ann.wait_for_selector("[data-state=connected]")

@@ -4,7 +4,7 @@
 {
   const KEPT = 200, CUT = 160; // frames in the list, characters of each
   const TIME = { hour: "2-digit", minute: "2-digit", second: "2-digit", fractionalSecondDigits: 3 };
-  const WORDS = { "#me": "welcome", "#people": "presence", "#beat": "heartbeat", "#count": "", "#verdict": "", "#typing": "typing" };
+  const WORDS = { "#me": "welcome", "#people": "presence", "#typing": "typing", "#beat": "heartbeat" };
   const wire = $("wire"), list = $("wire-frames"), scroller = $("wire-scroller");
   const asked = new Map(); // when we sent what will be answered: a message, by its id, or a hello
   const held = []; // [socket, frame], what a frozen page has not sent
@@ -37,7 +37,7 @@
     const all = (what, words) => [...page.querySelectorAll(what)].map(words);
     const [first, ...rest] = all("li[data-seq]", (li) => short(li.dataset.seq));
     const what = [
-      all("hx-partial", (part) => part.getAttribute("hx-target")).map((target) => WORDS[target] ?? target),
+      all("hx-partial", (part) => part.getAttribute("hx-target")).map((target) => WORDS[target]),
       first && (rest.length ? `entries ${first} to ${rest.pop()}` : `entry ${first}`),
       all(".gap", () => "a gap"),
       all("[data-verdict]", ({ dataset }) => `verdict on ${short(dataset.id)}: ${dataset.verdict}`),
@@ -89,7 +89,8 @@
   };
   setInterval(() => {
     const { state } = chat.dataset, next = due.get(connection?.timer);
-    const silent = `open, but silent; the server lets go in about ${seconds(sent + 1000 * wire.dataset.silence)}`;
+    const end = seconds(sent + 1000 * wire.dataset.silence);
+    const silent = `open, but silent; the server lets go in about ${end}`;
     const wait = next > Date.now() ? `try ${connection.attempt} in ${seconds(next)}` : "trying";
     const words = { connected: on("wire-freeze") ? silent : "open", reconnecting: `reconnecting, ${wait}` };
     $("wire-state").textContent = words[state] ?? state;
