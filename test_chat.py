@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -830,12 +829,6 @@ async def hears(peer: bench_chat.Peer, text: str) -> str:
     return heard
 
 
-def stops_reading(peer: bench_chat.Peer) -> None:
-    """Read nothing any more, and let the kernel not do it instead."""
-    peer.writer.transport.pause_reading()
-    peer.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-
-
 async def is_closed(peer: bench_chat.Peer) -> int:
     with pytest.raises(bench_chat.Closed) as end:
         await hears(peer, "what nobody says")
@@ -912,7 +905,7 @@ async def test_a_frame_over_the_limit_is_not_even_buffered(server):
 
 async def test_a_reader_that_never_reads_is_gone_in_25_seconds_and_nobody_waits_for_it(server):
     ann, bob, dead = [await peer(server, name) for name in ("Ann", "Bob", "Dead")]
-    stops_reading(dead)
+    dead.stop_reading()
     started, slowest = time.monotonic(), 0
     while health(server)["connections"] == 3 and time.monotonic() - started < 25:
         said = time.monotonic()
@@ -969,7 +962,7 @@ async def test_it_stops_at_once_with_a_hundred_open_sockets_and_says_why(server,
 
 async def test_it_stops_whatever_a_peer_does(server):
     ann, dead = await peer(server, "Ann"), await peer(server, "Dead")
-    stops_reading(dead)
+    dead.stop_reading()
     for number in range(300):
         ann.send(say="x" * 2000, id=f"x{number}")
         await hears(ann, f'data-id="x{number}"')
