@@ -623,6 +623,7 @@ async def busy():
 DEFAULT = """
 guards.install = lambda app, *_, **__: app.after_request(guards.headers)
 guards.harden = lambda *_, **__: None
+chat.app.logger.manager.disable = 50  # it complains a lot
 """
 LARGEST = "http://" + "&" * 1993  # as HTML 20,000 characters, of 4 bytes each for an Astral name
 
@@ -678,6 +679,14 @@ async def busy_handler(port: int, number: int) -> None:
     await peer.flood((struct.pack("!BBHI", 0x81, 0xFE, 16_000, 0) + b"x" * 16_000) * 10)
 
 
+async def large_frames(port: int, number: int) -> None:
+    """Send frames as large as they may be, then do not read what becomes of it."""
+    peer = await Peer.connect(port, "PARTY2")
+    peer.send(hello={"name": f"flood {number}"})
+    peer.stop_reading()
+    await peer.flood(struct.pack("!BBHI", 0x81, 0xFE, 16_384, 0) + b'{"here":1}'.ljust(16_384))
+
+
 async def half_open(port: int, number: int) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write((b"", b"GET / HTTP/1.1\r\nHost: ", b"POST /r/PARTY2 HTTP/1.1\r\n")[number % 3])
@@ -699,6 +708,7 @@ ATTACKS = {  # by so many at once, each again and again
     "empty pings": (5, pings),
     "1-byte fragments": (5, fragments),
     "tiny frames": (5, tiny_frames),
+    "large frames": (20, large_frames),
     "slow readers": (100, slow_reader),
     "busy handler": (5, busy_handler),
     "half-open": (500, half_open),

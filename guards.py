@@ -70,7 +70,18 @@ def harden(listener: socket.socket) -> None:
 
 
 class Server(tcp_server.TCPServer):
-    """Hypercorn logs a dead phone (TimeoutError) as an error of its own, with a traceback."""
+    """A connection: what its buffers hold is bounded, and how it ends is no news.
+
+    Without: 1 MB waits in front of each handler that is slower than its peer, and Hypercorn logs
+    a dead phone (TimeoutError) as an error of its own, with a traceback.
+    """
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.writer.transport.set_write_buffer_limits(0)  # wait as soon as the kernel's is full
+        self.writer.transport.max_size = 16_384  # bytes that one read takes, of 256 KiB
+        self.reader._limit = 8_192  # reads nothing more while twice that waits
+        self.config.max_app_queue_size = 2  # messages, of 10; two more in Connection
 
     async def run(self) -> None:
         with suppress(OSError):
@@ -82,7 +93,7 @@ class Connection(ASGIWebsocketConnection):
 
     def __init__(self, app: Quart, scope) -> None:
         super().__init__(app, scope)
-        self.queue = asyncio.Queue(8)
+        self.queue = asyncio.Queue(2)
 
     async def send_data(self, send, data: str) -> None:
         await send({"type": "websocket.send", "bytes": None, "text": data})
