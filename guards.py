@@ -95,8 +95,8 @@ class Connection(ASGIWebsocketConnection):
         super().__init__(app, scope)
         self.queue = asyncio.Queue(2)
 
-    async def send_data(self, send, data: str) -> None:
-        await send({"type": "websocket.send", "bytes": None, "text": data})
+    async def send_data(self, send, data: str | bytes) -> None:
+        await send({"type": "websocket.send", "text" if isinstance(data, str) else "bytes": data})
 
 
 class Socket(Websocket):
@@ -132,7 +132,7 @@ class Stream(ws_stream.WSStream):
 
     async def app_send(self, message) -> None:
         ready = self.state is ws_stream.ASGIWebsocketState.CONNECTED and not self.closed
-        if message and message["type"] == "websocket.send" and ready:
+        if message and "text" in message and ready:
             await self.send(Data(stream_id=self.stream_id, data=text_frame(message["text"])))
         else:
             await super().app_send(message)
