@@ -5,16 +5,20 @@ happens without it, and when it can go.
 """
 
 import asyncio
+import re
 import socket
 import struct
 from contextlib import suppress
 from functools import lru_cache
 
+import h11
+from hypercorn import protocol
 from hypercorn.asyncio import run as serving
 from hypercorn.asyncio import tcp_server
-from hypercorn.protocol import h2, h11, ws_stream
+from hypercorn.protocol import h11 as http_1
+from hypercorn.protocol import ws_stream
 from hypercorn.protocol.events import Data, StreamClosed
-from quart import Quart
+from quart import Quart, request
 from quart.asgi import ASGIWebsocketConnection
 from quart.wrappers import Websocket
 from wsproto.events import CloseConnection, Message, Ping
@@ -35,16 +39,23 @@ def headers(response):
     return response
 
 
+def no_ranges() -> None:
+    """Send files whole: on `Range: bytes=-1` Quart fails with a 500."""
+    request.headers.pop("Range", None)
+
+
 def install(app: Quart, allowance) -> None:
     """Put all guards in place, before serving; allowance() bounds pings and fragments, see Stream."""
     app.after_request(headers)
+    app.before_request(no_ranges)
     # Off: permessage-deflate. It takes 257 KiB instead of 41 for each connection, and 20 bombs
     # of 260 KB took 5.2 GB. Can go when Hypercorn has a setting (its issue 307).
     ws_stream.server_extensions_handshake = lambda requested, supported: None
     # One read must not hide thousands of tiny frames.
     tcp_server.MAX_RECV = 4096
     Stream.allowance = staticmethod(allowance)
-    h11.WSStream = h2.WSStream = Stream
+    http_1.WSStream = Stream
+    protocol.H11Protocol = Protocol
     serving.TCPServer = Server
     app.asgi_websocket_class = Connection
     app.websocket_class = Socket
@@ -86,6 +97,38 @@ class Server(tcp_server.TCPServer):
     async def run(self) -> None:
         with suppress(OSError):
             await super().run()
+
+
+HOST = re.compile(rb"[\w-]{1,63}(\.[\w-]{1,63})*\.?(:\d{1,5})?|\[[\da-fA-F:.]+\](:\d{1,5})?")
+
+
+class Requests(h11.Connection):
+    """Refuses what fails in Hypercorn, Quart or Werkzeug with a traceback: targets such as `?` or
+    `http://[`, paths longer than a file's name can be, Hosts such as `..`, `Upgrade: \\xff`."""
+
+    def next_event(self):
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            fine = event.target.startswith(b"/") and len(event.target.partition(b"?")[0]) < 256
+            for name, value in event.headers:
+                fine &= name != b"host" or HOST.fullmatch(value) is not None
+                fine &= value.isascii() or not name.startswith((b"sec-", b"connection", b"upgrade"))
+            if not fine:
+                raise h11.RemoteProtocolError("not a request of any browser", error_status_hint=400)
+        return event
+
+
+class Protocol(http_1.H11Protocol):
+    """Speaks HTTP/1.1 only. Browsers speak HTTP/2 with the proxy, and with it one connection could
+    hold a hundred WebSockets."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        limit = self.config.h11_max_incomplete_size
+        self.connection = Requests(h11.SERVER, max_incomplete_event_size=limit)
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        pass
 
 
 class Connection(ASGIWebsocketConnection):
