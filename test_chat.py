@@ -968,7 +968,7 @@ async def test_what_nobody_reads_stays_with_its_sender():
             each.send_bytes(b"x" * 16_000)  # 128 MB in all
     drained = [asyncio.create_task(each.writer.drain()) for each in peers]
     assert not (await asyncio.wait(drained, timeout=2))[0]
-    assert server.peak() - before < 8_000_000
+    assert server.peak() - before < 3_700_000
     for task in drained:
         task.cancel()
     await bench_chat.Peer.close_all()
@@ -987,16 +987,16 @@ async def test_what_a_member_does_not_read_waits_in_its_outbox_only(server):
     for number in range(120):  # 250 KB, which are in the memory once
         ann.send(say="x" * 2000, id=f"x{number}")
         await hears(ann, f'data-id="x{number}"')
-    assert server.peak() - before < 5_000_000
+    assert server.peak() - before < 3_000_000
 
 
 async def test_who_resets_a_stuck_connection_is_forgotten(server):
     ann, dead = await peer(server, "Ann"), await peer(server, "Dead")
     dead.stop_reading()
-    for number in range(300):
+    for number in range(100):
         ann.send(say="x" * 2000, id=f"x{number}")
         await hears(ann, f'data-id="x{number}"')
-    for number in range(100):  # the first ends it, but the close has to wait; nobody reads the rest
+    for number in range(50):  # the first ends it, but the close has to wait; nobody reads the rest
         dead.send(shout=number)
     await asyncio.sleep(0.5)
     dead.writer.get_extra_info("socket").setsockopt(*bench_chat.RESET)
@@ -1013,8 +1013,8 @@ async def test_the_network_gives_up_on_the_dead_within_half_a_minute():
         option = {name: near.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in TCP}
         assert option == TCP
         assert near.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
-        for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            assert near.getsockopt(socket.SOL_SOCKET, buffer) == 131_072  # Linux doubles it
+        sizes = [near.getsockopt(socket.SOL_SOCKET, b) for b in (socket.SO_SNDBUF, socket.SO_RCVBUF)]
+        assert sizes == [131_072, 65_536]  # Linux doubles them
 
 
 TCP = {"TCP_USER_TIMEOUT": 20_000, "TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
