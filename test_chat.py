@@ -1013,7 +1013,9 @@ async def test_the_network_gives_up_on_the_dead_within_half_a_minute():
         option = {name: near.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in TCP}
         assert option == TCP
         assert near.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
-        sizes = [near.getsockopt(socket.SOL_SOCKET, b) for b in (socket.SO_SNDBUF, socket.SO_RCVBUF)]
+        sizes = [
+            near.getsockopt(socket.SOL_SOCKET, b) for b in (socket.SO_SNDBUF, socket.SO_RCVBUF)
+        ]
         assert sizes == [131_072, 65_536]  # Linux doubles them
 
 
