@@ -4,6 +4,7 @@
     python bench_chat.py chaos --prove    # the checker's own test: it must find planted faults
     python bench_chat.py load             # the highest rates that a server sustains
     python bench_chat.py attack           # what attacks do to others, without guards.py and with it
+    python bench_chat.py fill             # the memory of a server that is full
 
 Chaos puts a proxy between members and a real server. It knows nothing of WebSockets: it breaks
 bytes, as networks do. The words of the verdict are those of Jepsen's checkers. Exit code 1 means
@@ -194,6 +195,14 @@ class Peer:
         """Read, and forget, until the connection ends."""
         while await self.reader.read(1 << 20):
             pass
+
+    async def read_until(self, mark: bytes) -> None:
+        """Read, and forget, until this has arrived."""
+        data = b""
+        while mark not in data:
+            if not (more := await self.reader.read(1 << 20)):
+                raise Closed(1006)
+            data = data[-len(mark) :] + more
 
     async def flood(self, data: bytes) -> None:
         """Send the same again and again, until the connection ends."""
@@ -785,6 +794,90 @@ def run_attack(options) -> bool:
     return fine
 
 
+# ── Memory ───────────────────────────────────────────────────────────────────────────────────────
+
+WIDE = 4  # bytes that a str takes for each of its characters, if only one of them is Astral
+ENTRY = 20_600  # characters of the largest entry, see LARGEST
+HEAD = 130  # bytes of an entry beside its text: tuple, number, str
+
+
+def worst_case(rooms: int, sockets: int) -> dict[str, float]:
+    """Compute from the limits what a server can come to hold, part by part, in MB."""
+    import chat  # here only: all other commands know it through its sockets
+
+    limits, ids = chat.SETTINGS, chat.IDS_REMEMBERED
+    history, deaf = limits["HISTORY_BYTES"], sockets / 2
+    parts = {
+        "connections": sockets * 48 * 1024,
+        "ids": (rooms * ids + sockets * 128) * 272,
+        "histories": rooms * (history * WIDE + limits["HISTORY"] * HEAD),
+        "in flight": deaf * history * (WIDE + 2),  # a snapshot: str, frame, the transport's copy
+        "outboxes": rooms * limits["OUTBOX"] * ENTRY * WIDE,  # a batch an entry
+    }
+    return {name: size / 1e6 for name, size in parts.items()}
+
+
+async def fill(options) -> None:
+    """Fill a server to its caps with rooms of one who talks and one who never reads, and compare."""
+    rooms, gate = options.rooms, asyncio.Semaphore(20)
+    server = Server(end=signal.SIGKILL, CHAT_ROOMS=str(rooms), CHAT_SOCKETS=str(2 * rooms))
+    measured = {"program": server.peak() / 1e6}
+    speakers, deaf, codes = [], [], []
+
+    def note(part: str) -> None:
+        measured[part] = server.peak() / 1e6 - sum(measured.values())
+        progress(f"{part}: {measured[part]:.0f} MB")
+
+    async def enter(code: str, name: str) -> Peer:
+        async with gate:
+            peer = await Peer.connect(server.port, code)
+            peer.send(hello={"name": name})
+            await peer.read_until(b"joined")
+        return peer
+
+    async def listen(code: str) -> None:
+        async with gate:
+            deaf.append(peer := await Peer.connect(server.port, code))
+            peer.stop_reading()
+            peer.send(hello={"name": "deaf"})
+
+    async def say(peer: Peer, text: str, stage: str, count: int) -> None:
+        async with gate:
+            for number in range(count):
+                peer.send(say=text, id=f"{stage}{number:05}".ljust(64, "x"))
+            await peer.read_until(f'data-id="{stage}{count - 1:05}'.encode())
+
+    for number in range(rooms):
+        digits = (number // 29**power % 29 for power in (3, 2, 1, 0))
+        codes.append("FX" + "".join("23456789ABCDEFGHJKMNPQRSTUVWXYZ"[digit] for digit in digits))
+        server.create_room(codes[-1])
+    speakers = await asyncio.gather(*(enter(code, "\U0001f40c") for code in codes))
+    note("speakers")
+    worst = worst_case(rooms, 2 * rooms)
+    for stage, text, count in (("i", "x", options.ids), ("h", LARGEST, 14)):
+        await asyncio.gather(*(say(peer, text, stage, count) for peer in speakers))
+        note({"i": "ids", "h": "histories"}[stage])
+    await asyncio.gather(*(listen(code) for code in codes))
+    await asyncio.sleep(1)
+    note("in flight")
+    await asyncio.gather(*(say(peer, LARGEST, "o", options.batches) for peer in speakers))
+    note("outboxes")
+    measured["connections"] = measured.pop("speakers")
+    print(f"\r{'':20}{'computed':>10}{'measured':>10} MB")
+    for part in ("program", *worst):
+        print(f"{part:20}{worst.get(part, measured['program']):10.0f}{measured[part]:10.0f}")
+    total = sum(worst.values()) + measured["program"]
+    print(f"{'in all':20}{total:10.0f}{sum(measured.values()):10.0f}")
+    await Peer.close_all()
+    server.stop()
+
+
+def run_fill(options) -> bool:
+    Peer.offer = ""
+    asyncio.run(fill(options))
+    return True
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Chaos and load for chat.py.")
     commands = parser.add_subparsers()
@@ -799,5 +892,10 @@ if __name__ == "__main__":
     command.add_argument("--seconds", type=float, default=6)
     command.add_argument("--only", nargs="+", choices=ATTACKS)
     command.set_defaults(run=run_attack)
+    command = commands.add_parser("fill", help="fill a server to its caps")
+    command.add_argument("--rooms", type=int, default=1_000)
+    command.add_argument("--ids", type=int, default=2_256)
+    command.add_argument("--batches", type=int, default=60)
+    command.set_defaults(run=run_fill)
     options = parser.parse_args()
     sys.exit(not options.run(options))
