@@ -3,6 +3,8 @@
     python bench_chat.py                  # chaos: 500 and more broken connections, then a checker
     python bench_chat.py chaos --prove    # the checker's own test: it must find planted faults
     python bench_chat.py load             # the highest rates that a server sustains
+    python bench_chat.py attack           # what attacks do to others, without guards.py and with it
+    python bench_chat.py fill             # the memory of a server that is full
 
 Chaos puts a proxy between members and a real server. It knows nothing of WebSockets: it breaks
 bytes, as networks do. The words of the verdict are those of Jepsen's checkers. Exit code 1 means
@@ -22,14 +24,18 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections import Counter
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 from urllib.request import Request, urlopen
 
 HERE = Path(__file__).parent
+logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of writing to what we broke
 FREE = {  # the limits that guard against floods; the rest stays as it is
     "CHAT_MESSAGE_RATE": "1e9",
     "CHAT_MESSAGE_BURST": "1e9",
@@ -61,17 +67,19 @@ class Closed(Exception):
 class Server:
     """A real server on a free port of the loopback, in a process of its own."""
 
-    def __init__(self, program=SABOTAGE[""], core=None, end=signal.SIGTERM, **settings):
-        self.program, self.core, self.end = program, core, end
+    def __init__(self, program=SABOTAGE[""], core=None, end=signal.SIGTERM, free=FREE, **settings):
+        self.program, self.core, self.end, self.free = program, core, end, free
         self.start(**settings)
 
     def start(self, **settings) -> None:
         """Start it, also again after stop, with these settings instead of those before."""
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - what it says on stderr, closed by stop
         self.process = subprocess.Popen(
             [sys.executable, "-c", self.program, "--port", "0"],
             stdout=subprocess.PIPE,
+            stderr=self.log,
             cwd=HERE,
-            env=os.environ | FREE | settings,
+            env=os.environ | self.free | settings,
         )
         if self.core is not None:
             os.sched_setaffinity(self.process.pid, {self.core})
@@ -87,6 +95,17 @@ class Server:
         pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
+    def peak(self) -> int:
+        """Return the largest resident set since the last call, in bytes."""
+        peak = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{self.process.pid}/status").read_text())[1]
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")  # begins a new measurement
+        return int(peak) * 1024
+
+    def complaints(self) -> str:
+        """Return what it has said on stderr so far."""
+        self.log.seek(0)
+        return self.log.read().decode()
+
     def sockets(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
@@ -94,12 +113,15 @@ class Server:
         self.process.send_signal(self.end)
         self.process.wait(6)
         self.process.stdout.close()
+        sys.stderr.write(self.complaints())
+        self.log.close()
 
 
 class Peer:
     """A WebSocket client with no more of RFC 6455 than is needed here."""
 
     open: ClassVar[set["Peer"]] = set()
+    offer = "Sec-WebSocket-Extensions: permessage-deflate\r\n"  # as browsers do
     lingers: asyncio.Task | None = None
     inflate = None  # where the server compresses
     rest = b""
@@ -117,8 +139,7 @@ class Peer:
         peer.writer.write(
             f"GET /r/{code}/ws HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
             f"Origin: http://127.0.0.1:{port}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-            f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
-            "Sec-WebSocket-Extensions: permessage-deflate\r\n\r\n".encode()  # as browsers do
+            f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n{cls.offer}\r\n".encode()
         )
         try:
             head = await peer.reader.readuntil(b"\r\n\r\n")
@@ -169,6 +190,30 @@ class Peer:
             data = data[2 + data[1] :]
         self.rest = data
         return b"".join(plain) or data and b" "
+
+    async def read_all(self) -> None:
+        """Read, and forget, until the connection ends."""
+        while await self.reader.read(1 << 20):
+            pass
+
+    async def read_until(self, mark: bytes) -> None:
+        """Read, and forget, until this has arrived."""
+        data = b""
+        while mark not in data:
+            if not (more := await self.reader.read(1 << 20)):
+                raise Closed(1006)
+            data = data[-len(mark) :] + more
+
+    async def flood(self, data: bytes) -> None:
+        """Send the same again and again, until the connection ends."""
+        while True:
+            self.writer.write(data)
+            await self.writer.drain()
+
+    def stop_reading(self) -> None:
+        """Read nothing any more, and let the kernel not do it instead."""
+        self.writer.transport.pause_reading()
+        self.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
 
     def close(self) -> None:
         self.writer.transport.abort()
@@ -449,11 +494,16 @@ asyncio.run(serve(app, config))
 """
 
 
+STAMP = re.compile(rb"sent@(\d{15})")  # in microseconds
+
+
 class Crowd:
     """Many members of one room. What arrives is counted as bytes: parsing would be the bottleneck."""
 
-    def __init__(self, server: Server, size: int):
-        self.server, self.size, self.code = server, size, "CRWD22"
+    sample = 1  # so many of the stamps that arrive together are looked at
+
+    def __init__(self, server: Server, size: int, code="CRWD22"):
+        self.server, self.size, self.code = server, size, code
         self.peers, self.readers, self.count, self.latencies, self.dropped = [], [], 0, [], 0
 
     async def join(self, at_once: int = 50) -> float:
@@ -477,13 +527,11 @@ class Crowd:
     async def read(self, peer: Peer) -> None:
         while data := await peer.read():
             self.count += data.count(b"sent@")
-            if (first := data.find(b"sent@")) >= 0:
-                stamp = data[first + 5 : first + 20]
-                if len(stamp) == 15:
-                    self.latencies.append(time.perf_counter_ns() // 1000 - int(stamp))
+            for stamp in islice(STAMP.finditer(data), self.sample):
+                self.latencies.append(time.perf_counter_ns() // 1000 - int(stamp[1]))
         self.dropped += 1
 
-    async def talk(self, rate: float, seconds: float) -> tuple[float, float, bool]:
+    async def talk(self, rate: float, seconds: float, patience=3) -> tuple[float, float, bool]:
         """Say so many messages a second; return p50 and p99 in ms, and whether all has arrived.
 
         The first 1.5 seconds do not count for the times: TCP opens its windows only with traffic.
@@ -499,12 +547,13 @@ class Crowd:
                 speakers[said % len(speakers)].send(say=stamp, id=f"i{said}-{rate:.0f}")
                 said += 1
             await asyncio.sleep(0.005)
-        deadline = time.perf_counter() + 3
+        deadline = time.perf_counter() + patience
         while self.count < said * self.size and time.perf_counter() < deadline:
             await asyncio.sleep(0.02)
+        self.missing = said * self.size - self.count
         times = sorted(self.latencies) or [10**9]
         p50, p99 = (times[len(times) * part // 100] / 1000 for part in (50, 99))
-        return p50, p99, self.count == said * self.size and not self.dropped
+        return p50, p99, not self.missing and not self.dropped
 
     async def leave(self) -> None:
         for task in self.readers:
@@ -571,6 +620,264 @@ def run_load(options) -> bool:
     return True
 
 
+# ── Attacks ──────────────────────────────────────────────────────────────────────────────────────
+
+BUSY = """
+import asyncio, chat, guards
+@chat.app.websocket("/r/BUSY22/ws")
+async def busy():
+    await chat.websocket.accept()
+    await asyncio.sleep(60)
+"""
+DEFAULT = """
+guards.install = lambda app, *_, **__: app.after_request(guards.headers)
+guards.harden = lambda *_, **__: None
+chat.app.logger.manager.disable = 50  # it complains a lot
+"""
+LARGEST = "http://" + "&" * 1993  # as HTML 20,000 characters, of 4 bytes each for an Astral name
+
+
+async def bomb(port: int, number: int) -> None:
+    peer = await Peer.connect(port, "PARTY2")
+    zeros, squeeze = bytes(1 << 20), zlib.compressobj(9, zlib.DEFLATED, -15)
+    payload = b"".join(squeeze.compress(zeros) for _ in range(256)) + squeeze.flush(
+        zlib.Z_SYNC_FLUSH
+    )
+    peer.send_bytes(payload[:-4], 0xC1 if peer.inflate else 0x81)
+    await peer.read_all()
+
+
+async def too_large(port: int, number: int) -> None:
+    peer = await Peer.connect(port, "PARTY2")
+    peer.writer.write(struct.pack("!BBQI", 0x81, 0xFF, 1 << 40, 0))
+    await peer.flood(bytes(65_536))
+
+
+async def pings(port: int, number: int) -> None:
+    await (await Peer.connect(port, "PARTY2")).flood(b"\x89\x80\0\0\0\0" * 10_000)
+
+
+async def fragments(port: int, number: int) -> None:
+    peer = await Peer.connect(port, "PARTY2")
+    peer.send_bytes(b"", 0x01)
+    await peer.flood(b"\x00\x81\0\0\0\0x" * 10_000)
+
+
+async def tiny_frames(port: int, number: int) -> None:
+    peer = await Peer.connect(port, "PARTY2")
+    peer.send(hello={"name": f"flood {number}"})
+    await peer.flood(b'\x81\x8a\0\0\0\0{"here":1}' * 5_000)
+
+
+async def slow_reader(port: int, number: int) -> None:
+    """Be one of many who never read, while one in twenty says the largest messages there can be."""
+    peer = await Peer.connect(port, "PARTY2")
+    peer.send(hello={"name": f"\U0001f40c {number}"})
+    if number % 20:
+        peer.stop_reading()
+        await asyncio.sleep(60)
+    reading = asyncio.create_task(peer.read_all())
+    for message in range(100):
+        peer.send(say=LARGEST, id=f"m{message}")
+        await asyncio.sleep(0.55)
+    await reading
+
+
+async def busy_handler(port: int, number: int) -> None:
+    peer = await Peer.connect(port, "BUSY22")
+    await peer.flood((struct.pack("!BBHI", 0x81, 0xFE, 16_000, 0) + b"x" * 16_000) * 10)
+
+
+async def large_frames(port: int, number: int) -> None:
+    """Send frames as large as they may be, then do not read what becomes of it."""
+    peer = await Peer.connect(port, "PARTY2")
+    peer.send(hello={"name": f"flood {number}"})
+    peer.stop_reading()
+    await peer.flood(struct.pack("!BBHI", 0x81, 0xFE, 16_384, 0) + b'{"here":1}'.ljust(16_384))
+
+
+async def half_open(port: int, number: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write((b"", b"GET / HTTP/1.1\r\nHost: ", b"POST /r/PARTY2 HTTP/1.1\r\n")[number % 3])
+    Peer.open.add(peer := Peer())
+    peer.reader, peer.writer = reader, writer
+    await peer.read_all()
+
+
+async def storm(port: int, number: int) -> None:
+    peer = await Peer.connect(port, "PARTY2")
+    peer.send(hello={"name": f"storm {number}"})
+    await peer.receive()
+    peer.writer.get_extra_info("socket").setsockopt(*RESET)
+
+
+ATTACKS = {  # by so many at once, each again and again
+    "deflate bomb": (20, bomb),
+    "flood after 1009": (5, too_large),
+    "empty pings": (5, pings),
+    "1-byte fragments": (5, fragments),
+    "tiny frames": (5, tiny_frames),
+    "large frames": (20, large_frames),
+    "slow readers": (100, slow_reader),
+    "busy handler": (5, busy_handler),
+    "half-open": (500, half_open),
+    "reconnect storm": (200, storm),
+}
+
+
+def strike(name: str, port: int, seconds: float) -> None:
+    """Attack a server, in a process of its own, so that the others' clients are not slowed down."""
+    count, attack = ATTACKS[name]
+    Peer.offer = Peer.offer if attack is bomb else ""
+
+    async def attacker(number: int) -> None:
+        while True:
+            try:
+                await attack(port, number)
+            except (Closed, OSError, asyncio.IncompleteReadError):
+                pass
+            await asyncio.sleep(0.01)
+
+    async def attackers() -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
+                for number in range(count):
+                    group.create_task(attacker(number))
+
+    os.nice(5)  # they share a core with those who measure
+    asyncio.run(attackers())
+
+
+async def withstand(name: str, program: str, seconds: float) -> tuple[float, float, int, float]:
+    """Attack a server while others talk; return their median and worst latency (ms), how many of
+    them were disconnected, and how much the server grew (MB)."""
+    server = Server(BUSY + program + "chat.main()", core=0, end=signal.SIGKILL, free={})
+    pairs = [Crowd(server, 2, code) for code in ("PARTY2", "PARTY3")]
+    for pair in pairs:
+        pair.sample = None  # all that there are
+        await pair.join()
+    talks = [asyncio.create_task(pair.talk(3, seconds + 1, patience=15)) for pair in pairs]
+    await asyncio.sleep(1.5)
+    server.peak()
+    before = server.memory()
+    code = f"import bench_chat; bench_chat.strike({name!r}, {server.port}, {seconds})"
+    attackers = await asyncio.create_subprocess_exec(sys.executable, "-c", code, cwd=HERE)
+    for talk in talks:
+        await talk
+    await attackers.wait()
+    grown = server.peak() - before
+    for pair in pairs:
+        pair.latencies += [20_000_000] * pair.missing
+    latencies = sorted(pairs[0].latencies + pairs[1].latencies)
+    gone = sum(pair.dropped for pair in pairs)
+    for pair in pairs:
+        await pair.leave()
+    server.stop()
+    return latencies[len(latencies) // 2] / 1000, latencies[-1] / 1000, gone, grown / 1e6
+
+
+def run_attack(options) -> bool:
+    """Print what each attack does to the default stack, and with the guards; True if they hold."""
+    Peer.offer = ""  # or it would have to inflate
+    os.sched_setaffinity(0, {1})  # the server has core 0
+    print(f"{'':18}{'default stack':^34}{'with guards.py':^34}")
+    print(f"{'attack':18}" + f"{'median':>8}{'worst ms':>10}{'gone':>6}{'MB':>8}  " * 2)
+    fine = True
+    for name in options.only or ATTACKS:
+        print(f"{name:18}", end="", flush=True)
+        for program in (DEFAULT, ""):
+            median, worst, gone, grown = asyncio.run(withstand(name, program, options.seconds))
+            print(f"{median:8.1f}{worst:10.1f}{gone:6}{grown:+8.1f}  ", end="", flush=True)
+        held = median < 50 and not gone and grown < 20
+        print("" if held else "FAILED")
+        fine &= held
+    return fine
+
+
+# ── Memory ───────────────────────────────────────────────────────────────────────────────────────
+
+WIDE = 4  # bytes that a str takes for each of its characters, if only one of them is Astral
+ENTRY = 20_600  # characters of the largest entry, see LARGEST
+HEAD = 130  # bytes of an entry beside its text: tuple, number, str
+
+
+def worst_case(rooms: int, sockets: int) -> dict[str, float]:
+    """Compute from the limits what a server can come to hold, part by part, in MB."""
+    import chat  # here only: all other commands know it through its sockets
+
+    limits, ids = chat.SETTINGS, chat.IDS_REMEMBERED
+    history, deaf = limits["HISTORY_BYTES"], sockets / 2
+    parts = {
+        "connections": sockets * 48 * 1024,
+        "ids": (rooms * ids + sockets * 128) * 272,
+        "histories": rooms * (history * WIDE + limits["HISTORY"] * HEAD),
+        "in flight": deaf * history * (WIDE + 2),  # a snapshot: str, frame, the transport's copy
+        "outboxes": rooms * limits["OUTBOX"] * ENTRY * WIDE,  # a batch an entry
+    }
+    return {name: size / 1e6 for name, size in parts.items()}
+
+
+async def fill(options) -> None:
+    """Fill a server to its caps with rooms of one who talks and one who never reads, and compare."""
+    rooms, gate = options.rooms, asyncio.Semaphore(20)
+    server = Server(end=signal.SIGKILL, CHAT_ROOMS=str(rooms), CHAT_SOCKETS=str(2 * rooms))
+    measured = {"program": server.peak() / 1e6}
+    speakers, deaf, codes = [], [], []
+
+    def note(part: str) -> None:
+        measured[part] = server.peak() / 1e6 - sum(measured.values())
+        progress(f"{part}: {measured[part]:.0f} MB")
+
+    async def enter(code: str, name: str) -> Peer:
+        async with gate:
+            peer = await Peer.connect(server.port, code)
+            peer.send(hello={"name": name})
+            await peer.read_until(b"joined")
+        return peer
+
+    async def listen(code: str) -> None:
+        async with gate:
+            deaf.append(peer := await Peer.connect(server.port, code))
+            peer.stop_reading()
+            peer.send(hello={"name": "deaf"})
+
+    async def say(peer: Peer, text: str, stage: str, count: int) -> None:
+        async with gate:
+            for number in range(count):
+                peer.send(say=text, id=f"{stage}{number:05}".ljust(64, "x"))
+            await peer.read_until(f'data-id="{stage}{count - 1:05}'.encode())
+
+    for number in range(rooms):
+        digits = (number // 29**power % 29 for power in (3, 2, 1, 0))
+        codes.append("FX" + "".join("23456789ABCDEFGHJKMNPQRSTUVWXYZ"[digit] for digit in digits))
+        server.create_room(codes[-1])
+    speakers = await asyncio.gather(*(enter(code, "\U0001f40c") for code in codes))
+    note("speakers")
+    worst = worst_case(rooms, 2 * rooms)
+    for stage, text, count in (("i", "x", options.ids), ("h", LARGEST, 14)):
+        await asyncio.gather(*(say(peer, text, stage, count) for peer in speakers))
+        note({"i": "ids", "h": "histories"}[stage])
+    await asyncio.gather(*(listen(code) for code in codes))
+    await asyncio.sleep(1)
+    note("in flight")
+    await asyncio.gather(*(say(peer, LARGEST, "o", options.batches) for peer in speakers))
+    note("outboxes")
+    measured["connections"] = measured.pop("speakers")
+    print(f"\r{'':20}{'computed':>10}{'measured':>10} MB")
+    for part in ("program", *worst):
+        print(f"{part:20}{worst.get(part, measured['program']):10.0f}{measured[part]:10.0f}")
+    total = sum(worst.values()) + measured["program"]
+    print(f"{'in all':20}{total:10.0f}{sum(measured.values()):10.0f}")
+    await Peer.close_all()
+    server.stop()
+
+
+def run_fill(options) -> bool:
+    Peer.offer = ""
+    asyncio.run(fill(options))
+    return True
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Chaos and load for chat.py.")
     commands = parser.add_subparsers()
@@ -581,6 +888,14 @@ if __name__ == "__main__":
     command = commands.add_parser("load", help="measure what one core carries")
     command.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 1000])
     command.set_defaults(run=run_load)
+    command = commands.add_parser("attack", help="measure what attacks do to others")
+    command.add_argument("--seconds", type=float, default=6)
+    command.add_argument("--only", nargs="+", choices=ATTACKS)
+    command.set_defaults(run=run_attack)
+    command = commands.add_parser("fill", help="fill a server to its caps")
+    command.add_argument("--rooms", type=int, default=1_000)
+    command.add_argument("--ids", type=int, default=2_256)
+    command.add_argument("--batches", type=int, default=60)
+    command.set_defaults(run=run_fill)
     options = parser.parse_args()
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of writing to what we broke
     sys.exit(not options.run(options))

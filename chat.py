@@ -766,7 +766,6 @@ async def run(listener: socket.socket) -> None:
     config = Config()
     config.bind = [f"fd://{listener.detach()}"]
     config.websocket_max_message_size = limits["FRAME_BYTES"]
-    config.max_app_queue_size = 2  # frames; more wait where they cost the sender, not us
     config.loglevel, config.include_server_header = "WARNING", False
     await serve(app, config, shutdown_trigger=stopped)
     heart.cancel()

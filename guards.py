@@ -15,9 +15,12 @@ from functools import lru_cache
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
+import h11
+from hypercorn import protocol
 from hypercorn.asyncio import run as serving
 from hypercorn.asyncio import tcp_server
-from hypercorn.protocol import h2, h11, ws_stream
+from hypercorn.protocol import h11 as http_1
+from hypercorn.protocol import ws_stream
 from hypercorn.protocol.events import Data, StreamClosed
 from quart import Quart, Request, Response, current_app, has_websocket_context, request, websocket
 from quart.asgi import ASGIWebsocketConnection
@@ -106,10 +109,16 @@ def plain(origin: str) -> str:
     return re.sub("^(http://.+):80$|^(https://.+):443$", r"\1\2", origin.lower())
 
 
+def no_ranges() -> None:
+    """Send files whole: on `Range: bytes=-1` Quart fails with a 500."""
+    request.headers.pop("Range", None)
+
+
 def install(app: Quart, allowance) -> None:
     """Put all guards in place, before serving; allowance() bounds pings and fragments, see Stream."""
     app.after_request(headers)
     app.after_websocket(headers)
+    app.before_request(no_ranges)
     # Off: permessage-deflate. It takes 257 KiB instead of 41 for each connection, and 20 bombs
     # of 260 KB took 5.2 GB. Can go when Hypercorn has a setting (its issue 307).
     replace(ws_stream, "server_extensions_handshake", lambda requested, supported: None)
@@ -117,8 +126,8 @@ def install(app: Quart, allowance) -> None:
     replace(tcp_server, "MAX_RECV", 4096)
     Stream.allowance = staticmethod(allowance)
     for place, name, guard in (
-        (h11, "WSStream", Stream),
-        (h2, "WSStream", Stream),
+        (http_1, "WSStream", Stream),
+        (protocol, "H11Protocol", Protocol),
         (serving, "TCPServer", Server),
         (app, "asgi_websocket_class", Connection),
         (app, "websocket_class", Socket),
@@ -155,16 +164,59 @@ def harden(listener: socket.socket) -> None:
     }.items():
         if hasattr(socket, option):  # Linux has them all
             listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    # Less of what nobody reads vanishes into the kernel: 64 KiB in place of 4 MB.
+    # Less of what nobody reads vanishes into the kernel: 64 KiB in place of 4 MB, and 32 in place of 30 MB.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
 
 
 class Server(tcp_server.TCPServer):
-    """Hypercorn logs a dead phone (TimeoutError) as an error of its own, with a traceback."""
+    """A connection: what its buffers hold is bounded, and how it ends is no news.
+
+    Without: 1 MB waits in front of each handler that is slower than its peer, and Hypercorn logs
+    a dead phone (TimeoutError) as an error of its own, with a traceback.
+    """
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.writer.transport.set_write_buffer_limits(0)  # wait as soon as the kernel's is full
+        self.reader._limit = 8_192  # reads nothing more while twice that waits
+        self.config.max_app_queue_size = 2  # messages, of 10; two more in Connection
 
     async def run(self) -> None:
         with suppress(OSError):
             await super().run()
+
+
+HOST = re.compile(rb"[\w-]{1,63}(\.[\w-]{1,63})*\.?(:\d{1,5})?|\[[\da-fA-F:.]+\](:\d{1,5})?")
+
+
+class Requests(h11.Connection):
+    """Refuses what fails in Hypercorn, Quart or Werkzeug with a traceback: targets such as `?` or
+    `http://[`, paths longer than a file's name can be, Hosts such as `..`, `Upgrade: \\xff`."""
+
+    def next_event(self):
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            fine = event.target.startswith(b"/") and len(event.target.partition(b"?")[0]) < 256
+            for name, value in event.headers:
+                fine &= name != b"host" or HOST.fullmatch(value) is not None
+                fine &= value.isascii() or not name.startswith((b"sec-", b"connection", b"upgrade"))
+            if not fine:
+                raise h11.RemoteProtocolError("not a request of any browser", error_status_hint=400)
+        return event
+
+
+class Protocol(http_1.H11Protocol):
+    """Speaks HTTP/1.1 only. Browsers speak HTTP/2 with the proxy, and with it one connection could
+    hold a hundred WebSockets."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        limit = self.config.h11_max_incomplete_size
+        self.connection = Requests(h11.SERVER, max_incomplete_event_size=limit)
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        pass
 
 
 class Connection(ASGIWebsocketConnection):
@@ -172,10 +224,10 @@ class Connection(ASGIWebsocketConnection):
 
     def __init__(self, app: Quart, scope) -> None:
         super().__init__(app, scope)
-        self.queue = asyncio.Queue(8)
+        self.queue = asyncio.Queue(2)
 
-    async def send_data(self, send, data: str) -> None:
-        await send({"type": "websocket.send", "bytes": None, "text": data})
+    async def send_data(self, send, data: str | bytes) -> None:
+        await send({"type": "websocket.send", "text" if isinstance(data, str) else "bytes": data})
 
 
 class Socket(Websocket):
@@ -211,7 +263,7 @@ class Stream(ws_stream.WSStream):
 
     async def app_send(self, message) -> None:
         ready = self.state is ws_stream.ASGIWebsocketState.CONNECTED and not self.closed
-        if message and message["type"] == "websocket.send" and ready:
+        if message and "text" in message and ready:
             await self.send(Data(stream_id=self.stream_id, data=text_frame(message["text"])))
         else:
             await super().app_send(message)
