@@ -797,7 +797,7 @@ def run_attack(options) -> bool:
 # ── Memory ───────────────────────────────────────────────────────────────────────────────────────
 
 WIDE = 4  # bytes that a str takes for each of its characters, if only one of them is Astral
-ENTRY = 20_600  # characters of the largest entry, see LARGEST
+LARGEST_ENTRY = 20_600  # characters of the largest entry, see LARGEST
 HEAD = 130  # bytes of an entry beside its text: tuple, number, str
 
 
@@ -812,7 +812,7 @@ def worst_case(rooms: int, sockets: int) -> dict[str, float]:
         "ids": (rooms * ids + sockets * 128) * 272,
         "histories": rooms * (history * WIDE + limits["HISTORY"] * HEAD),
         "in flight": deaf * history * (WIDE + 2),  # a snapshot: str, frame, the transport's copy
-        "outboxes": rooms * limits["OUTBOX"] * ENTRY * WIDE,  # a batch an entry
+        "outboxes": rooms * limits["OUTBOX"] * LARGEST_ENTRY * WIDE,  # a batch an entry
     }
     return {name: size / 1e6 for name, size in parts.items()}
 
