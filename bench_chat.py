@@ -43,6 +43,8 @@ FREE = {  # the limits that guard against floods; the rest stays as it is
     "CHAT_FRAME_BURST": "1e9",
     "CHAT_MEMBERS": "2000",
     "CHAT_SOCKETS": "4000",
+    "CHAT_SOCKETS_PER_ADDRESS": "4000",
+    "CHAT_NEW_ROOM_BURST": "1e9",
     "CHAT_JOIN_DEADLINE": "60",
 }
 SABOTAGE = {  # what --prove plants, as a program to run instead of chat.py
