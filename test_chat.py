@@ -1840,6 +1840,7 @@ class Many:
         """Start a server that was killed, on its old port."""
         server = self.servers[number]
         server.process.stdout.close()
+        server.log.close()
         server.program = f"import sys, chat; sys.argv[-1] = '{server.port}'; chat.main()"
         server.start(CHAT_SECRET="shared", CHAT_PROXIES="1")
 
@@ -1855,6 +1856,7 @@ class Many:
                 server.stop()
             else:
                 server.process.stdout.close()
+                server.log.close()
 
 
 @pytest.fixture
