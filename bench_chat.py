@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 import zlib
+from bisect import bisect
 from collections import Counter
 from contextlib import suppress
 from itertools import islice
@@ -52,6 +53,7 @@ SABOTAGE = {  # what --prove plants, as a program to run instead of chat.py
     "without dedupe": "import chat; chat.IDS_REMEMBERED = -(10**9); chat.main()",
     "without resume": "import chat; enter = chat.enter; chat.enter = lambda room, member, outbox, "
     "after: enter(room, member, outbox, room.seq if after else 0); chat.main()",
+    "without gap lines": "import chat; chat.fragments.gap = lambda seq: ''; chat.main()",
 }
 ENTRY = re.compile(
     r'<li id="e\d+" class="(\w+)[^>]*? data-seq="(\d+)"(?: data-from="(\w+)" data-id="([\w-]+)")?'
@@ -251,7 +253,10 @@ class Proxy:
     async def carry(self, reader, writer) -> None:
         fault = self.random.choice(self.FAULTS)
         manner = self.random.choice(("plain", "plain", "sliced", "delayed"))
-        far = socket.create_connection(("127.0.0.1", self.target))
+        try:
+            far = socket.create_connection(("127.0.0.1", self.target))
+        except OSError:
+            return writer.close()  # the server restarts
         far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)  # or the kernel hides a stall
         far_reader, far_writer = await asyncio.open_connection(sock=far, limit=16_384)
         dead = set()  # the directions in which bytes vanish
@@ -305,7 +310,8 @@ class Member:
     def __init__(self, port: int, code: str, name: str, luck: random.Random, messages: int):
         self.port, self.code, self.name, self.luck = port, code, name, luck
         self.unsent = [f"{name}-{number}" for number in range(messages)]  # ids, the oldest first
-        self.said, self.log, self.gaps = [], [], 0  # log: (seq, member id, message id)
+        self.said = []
+        self.log = []  # of (seq, member id, message id) and ("gap", up to this seq)
         self.id = self.token = None
         self.after, self.reconnects, self.closes = 0, 0, Counter()
 
@@ -366,42 +372,57 @@ class Member:
             self.unsent = [id for id in self.unsent if id != confirmed[1]]
         for kind, seq, sender, id, gap, before in ENTRY.findall(frame):
             self.after = int(seq or before)
-            self.gaps += bool(gap)
-            self.log.append(gap or (int(seq), sender, id))
+            self.log.append((gap, self.after) if gap else (self.after, sender, id))
             if sender == self.id and id in self.unsent:
                 self.unsent.remove(id)
 
 
-def check(members: list[Member]) -> Counter:
-    """Compare what the members of one room said with what they were shown."""
+def check(members: list[Member], restarts: list[int]) -> Counter:
+    """Compare what the members of one room said with what they were shown.
+
+    The restarts are times in milliseconds, which the numbers of entries come from, too. What was
+    posted before one, and confirmed to nobody, may be posted again after it; and what was not yet
+    with everybody is gone, but only with a line in its place.
+    """
     found = Counter()
     order = {}  # seq: (member id, message id), as anybody saw it
     for member in members:
-        for entry in member.log:
-            if entry != "gap" and order.setdefault(entry[0], entry[1:]) != entry[1:]:
+        for seq, *said in member.log:
+            if seq != "gap" and order.setdefault(seq, said) != said:
                 found["reordered"] += 1
-    posted = [said for seq, said in sorted(order.items()) if said[1]]
+    posted = [(sender, id, bisect(restarts, seq)) for seq, (sender, id) in sorted(order.items())]
+    posted = [said for said in posted if said[1]]  # without notices
     found["duplicated"] += len(posted) - len(set(posted))
-    found["unexpected"] += len(set(posted) - {(m.id, id) for m in members for id in m.said})
+    known = dict.fromkeys(said[:2] for said in posted)
+    found["unexpected"] += len(known.keys() - {(m.id, id) for m in members for id in m.said})
     for member in members:
         found["attempted"] += len(member.said)
         found["acknowledged"] += len([id for id in member.said if id not in member.unsent])
-        mine = [id for sender, id in dict.fromkeys(posted) if sender == member.id]
+        mine = [id for sender, id in known if sender == member.id]
         found["lost"] += len(set(member.said) - set(mine))
         found["reordered"] += mine != [id for id in member.said if id in mine]
-        shown = [entry[0] for entry in member.log if entry != "gap"]
+        shown = [entry[0] for entry in member.log if entry[0] != "gap"]
         found["duplicated"] += len(shown) - len(set(shown))
         found["reordered"] += shown != sorted(shown)
-        found["lost"] += len([seq for seq in order if seq > shown[0]]) - len(set(shown)) + 1
-        found["gaps"] += member.gaps
+        missed, last = {seq for seq in order if seq > shown[0]} - set(shown), 0
+        for seq, *said in member.log:
+            if seq == "gap":
+                missed -= {seq for seq in missed if last < seq <= said[0]}
+                found["gaps"] += 1
+            last = said[0] if seq == "gap" else seq
+        found["lost"] += len(missed)
     return found
 
 
 async def chaos(sabotage: str, seed: int, messages: int, breaks: int, rooms=3, size=16) -> Counter:
-    """Let members talk through the proxy until all is said and enough has broken; then check."""
+    """Let members talk through the proxy until all is said and enough has broken; then check.
+
+    When a third has been said the server is killed, and after another third it is stopped.
+    """
     settings = {"BEAT": "0.3", "SILENCE": "3", "OUTBOX": "8", "HISTORY": "1e9"}
-    settings |= {"HISTORY_BYTES": "1e9", "SECRET": "chaos"}
-    server = Server(SABOTAGE[sabotage], **{f"CHAT_{name}": settings[name] for name in settings})
+    settings |= {"HISTORY_BYTES": "1e9", "TALK_BYTES": "1e12", "SECRET": "chaos"}
+    settings = {f"CHAT_{name}": settings[name] for name in settings}
+    server = Server(SABOTAGE[sabotage], **settings)
     proxy = Proxy(server.port, seed)
     port = await proxy.start()
     codes = [f"CHAS2{digit}" for digit in "23456789"[:rooms]]
@@ -414,13 +435,19 @@ async def chaos(sabotage: str, seed: int, messages: int, breaks: int, rooms=3, s
     await asyncio.sleep(0.2)
     sockets = server.sockets()  # before: what it has open with nobody connected
     tasks = [asyncio.create_task(member.live()) for member in members]
-    started = time.monotonic()
+    started, restarts, ends = time.monotonic(), [], [signal.SIGTERM, signal.SIGKILL]
     while not proxy.calm:
         await asyncio.sleep(0.5)
         unsaid = sum(len(member.unsent) for member in members)
         broken = sum(member.reconnects for member in members)
         seconds = time.monotonic() - started
         progress(f"{seconds:.0f} s, {broken} reconnects, {unsaid} messages to go")
+        if unsaid < len(members) * messages * len(ends) / 3:
+            server.end = ends.pop()
+            await asyncio.to_thread(server.stop)
+            restarts.append(time.time_ns() // 1_000_000)
+            server.start(**settings)
+            proxy.target = server.port
         proxy.calm = seconds > 150 or (not unsaid and broken >= breaks)
     await asyncio.sleep(6)  # longer than any fault lasts
     for task in tasks:
@@ -431,8 +458,10 @@ async def chaos(sabotage: str, seed: int, messages: int, breaks: int, rooms=3, s
     await asyncio.sleep(2)
     left_over = server.sockets() - sockets
     server.stop()
-    found = sum((check([m for m in members if m.code == code]) for code in codes), Counter())
+    talks = ([member for member in members if member.code == code] for code in codes)
+    found = sum((check(talk, restarts) for talk in talks), Counter())
     found["left over"] = left_over
+    found["restarts"] = len(restarts)
     found["reconnects"] = sum(member.reconnects for member in members)
     print("\rproxy: " + ", ".join(f"{proxy.faults[fault]} {fault}" for fault in proxy.FAULTS))
     closes = sum((member.closes for member in members), Counter())
@@ -452,11 +481,11 @@ def run_chaos(options) -> bool:
     """Print the verdict; with --prove, that of runs in which there must be faults."""
     if not options.prove:
         found = asyncio.run(chaos("", options.seed, options.messages, options.breaks))
-        for word in ("attempted", "acknowledged", *FAULTS, "gaps", "reconnects"):
+        for word in ("attempted", "acknowledged", *FAULTS, "gaps", "restarts", "reconnects"):
             print(f"{word:>14} {found[word]}")
         return found["attempted"] == found["acknowledged"] and not any(found[f] for f in FAULTS)
     fine = True
-    for sabotage, fault in {"without dedupe": "duplicated", "without resume": "lost"}.items():
+    for sabotage, fault in zip(list(SABOTAGE)[1:], ("duplicated", "lost", "lost"), strict=True):
         found = asyncio.run(chaos(sabotage, options.seed, 40, 100))
         print(
             f"{sabotage}: {found[fault]} {fault}, which is {'right' if found[fault] else 'WRONG'}"

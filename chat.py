@@ -383,13 +383,13 @@ async def flush(room: Room) -> None:
         # Who is typing is news for a moment only: neither numbered nor remembered. Three are a crowd.
         typing = str(fragments.typing(list(room.typing)[:3])) if room.typing else ""
         room.typing.clear()
-        news = [*pending, presence + typing]
+        news = [*pending, *filter(None, (presence, typing))]
         batch = list(in_frames(news))
         for member in list(room.members.values()):
             rest = list(in_frames(news[member.skip :])) if member.skip else batch
             member.skip = 0
             deliver(room, member, rest)
-        await asyncio.sleep(len(room.members) / limits["FRAMES_PER_SECOND"])
+        await asyncio.sleep(len(batch) * len(room.members) / limits["FRAMES_PER_SECOND"])
 
 
 def in_frames(strings: list[str]) -> Iterator[str]:

@@ -1419,6 +1419,8 @@ async def test_after_many_joins_and_leaves_the_server_is_where_it_was(server):
 
 async def test_a_short_chaos_run_loses_nothing():
     found = await bench_chat.chaos("", seed=7, messages=20, breaks=60, rooms=2, size=8)
+    assert found["restarts"] == 2
+    assert found["gaps"] <= 32  # one for each member and restart, and no other
     assert found["attempted"] == found["acknowledged"] == 320
     assert {fault: found[fault] for fault in bench_chat.FAULTS} == dict.fromkeys(
         bench_chat.FAULTS, 0
