@@ -752,7 +752,7 @@ ATTACKS = {  # by so many at once, each again and again
     "slow readers": (100, slow_reader),
     "busy handler": (5, busy_handler),
     "half-open": (500, half_open),
-    "reconnect storm": (200, storm),
+    "reconnect storm": (50, storm),
 }
 
 
@@ -829,21 +829,23 @@ def run_attack(options) -> bool:
 
 WIDE = 4  # bytes that a str takes for each of its characters, if only one of them is Astral
 LARGEST_ENTRY = 20_600  # characters of the largest entry, see LARGEST
-HEAD = 130  # bytes of an entry beside its text: tuple, number, str
+HEAD = 130  # bytes of an entry beside its text: tuple, number
+ID = 127  # bytes of the id of a message: its hash, and a place in a dict
 
 
 def worst_case(rooms: int, sockets: int) -> dict[str, float]:
     """Compute from the limits what a server can come to hold, part by part, in MB."""
     import chat  # here only: all other commands know it through its sockets
 
-    limits, ids = chat.SETTINGS, chat.IDS_REMEMBERED
-    history, deaf = limits["HISTORY_BYTES"], sockets / 2
+    limits, ids = chat.limits, chat.IDS_REMEMBERED
+    talk = min(limits["TALK_BYTES"], rooms * limits["HISTORY_BYTES"])
+    frame = max(chat.FRAME_SIZE, LARGEST_ENTRY)
     parts = {
         "connections": sockets * 48 * 1024,
-        "ids": (rooms * ids + sockets * 128) * 272,
-        "histories": rooms * (history * WIDE + limits["HISTORY"] * HEAD),
-        "in flight": deaf * history * (WIDE + 2),  # a snapshot: str, frame, the transport's copy
-        "outboxes": rooms * limits["OUTBOX"] * LARGEST_ENTRY * WIDE,  # a batch an entry
+        "ids": (rooms * ids + 2 * sockets * 64) * ID,
+        "histories": talk + rooms * limits["HISTORY"] * HEAD,
+        "in flight": sockets / 2 * frame * (WIDE + 2),  # a str, the frame, the transport's copy
+        "outboxes": 2 * talk + rooms * LARGEST_ENTRY * WIDE,  # shared by the members of a room
     }
     return {name: size / 1e6 for name, size in parts.items()}
 
@@ -851,7 +853,9 @@ def worst_case(rooms: int, sockets: int) -> dict[str, float]:
 async def fill(options) -> None:
     """Fill a server to its caps with rooms of one who talks and one who never reads, and compare."""
     rooms, gate = options.rooms, asyncio.Semaphore(20)
-    server = Server(end=signal.SIGKILL, CHAT_ROOMS=str(rooms), CHAT_SOCKETS=str(2 * rooms))
+    settings = {"CHAT_ROOMS": str(rooms), "CHAT_SOCKETS": str(2 * rooms)}
+    settings |= {"CHAT_SILENCE": "1e6", "CHAT_BEAT": "1e6"}  # all but one are silent at a time
+    server = Server(end=signal.SIGKILL, **settings)
     measured = {"program": server.peak() / 1e6}
     speakers, deaf, codes = [], [], []
 
@@ -925,7 +929,7 @@ if __name__ == "__main__":
     command.set_defaults(run=run_attack)
     command = commands.add_parser("fill", help="fill a server to its caps")
     command.add_argument("--rooms", type=int, default=1_000)
-    command.add_argument("--ids", type=int, default=2_256)
+    command.add_argument("--ids", type=int, default=256)
     command.add_argument("--batches", type=int, default=60)
     command.set_defaults(run=run_fill)
     options = parser.parse_args()

@@ -91,6 +91,7 @@ limits.from_mapping({name: default for name, (default, _) in SETTINGS.items()})
 limits.from_prefixed_env("CHAT")
 limits["SECRET"] = str(limits["SECRET"] or secrets.token_hex())
 limits["MAX_CONTENT_LENGTH"] = limits["BODY_BYTES"]  # what Quart calls it
+limits["BODY_TIMEOUT"] = limits["JOIN_DEADLINE"]
 
 app.jinja_env.globals["integrity"] = guards.integrity
 
@@ -100,9 +101,7 @@ ALPHABET = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # of room codes, which are read ou
 CODE = re.compile(f"[{ALPHABET}]{{6}}")
 ID = re.compile("[A-Za-z0-9_-]{1,64}")
 IDS_REMEMBERED = 128  # in a room, and 64 more a member: more than one can have unconfirmed
-FRAME_SIZE = (
-    32_768  # characters of a frame to a browser, about: a stuck line holds no more than one
-)
+FRAME_SIZE = 32_768  # characters of a frame to a browser, about; a stuck line holds one
 # Never shown: control characters, and overrides of the writing direction. In names also refused:
 # letters that look like nothing, and joiners but for those inside 👩‍🚀 or a Persian word.
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -144,29 +143,6 @@ class Allowance:
 def allowance(limit: str, seconds: float = 1) -> Allowance:
     """Return the allowance of a limit that has a BURST, and a RATE for so many seconds."""
     return Allowance(limits[f"{limit}_RATE"] / seconds, limits[f"{limit}_BURST"])
-
-
-# By address. The caches bound the memory: who has long done nothing is forgotten first.
-@lru_cache(10_000)
-def new_rooms(address: str) -> Allowance:
-    return allowance("NEW_ROOM", seconds=60)
-
-
-@lru_cache(10_000)
-def wrong_codes(address: str) -> Allowance:
-    if address == "all":
-        return Allowance(limits["WRONG_CODES_IN_ALL"] / 60, limits["WRONG_CODES_IN_ALL"])
-    return Allowance(limits["WRONG_CODES"] / 600, limits["WRONG_CODES"])
-
-
-def log_limit(limit: str) -> None:
-    """Log that this client has reached a limit; once an hour, or an attack would fill the disk."""
-    log_once("%s has reached the limit CHAT_%s", guards.address(), limit, time.time() // 3600)
-
-
-@lru_cache(10_000)
-def log_once(sentence: str, *values) -> None:
-    log.warning(sentence, *values[:2])
 
 
 # ── State ── all of it; only the functions of the next part change it ────────────────────────────
@@ -254,24 +230,6 @@ def close_room(code: str) -> None:
     closed.append(code)
 
 
-def find_room(code: str) -> Room | None:
-    """Return the room with this code, if there is one; Close 1008 after too many wrong codes.
-
-    Then even for a right code, or whoever tries them all would still find the rooms. Codes of rooms
-    that have closed are not counted: a class that reloads its pages is not guessing.
-    """
-    address = guards.address()
-    guesses = {"WRONG_CODES": wrong_codes(address), "WRONG_CODES_IN_ALL": wrong_codes("all")}
-    for limit, guess in guesses.items():
-        if not guess.has():
-            log_limit(limit)
-            raise Close(1008, "Too many wrong codes have been tried. Try again in ten minutes.")
-    if code not in rooms and code not in closed:
-        for guess in guesses.values():
-            guess.take()
-    return rooms.get(code)
-
-
 def enter(room: Room, member: Member, outbox: Outbox, after: int) -> None:
     """Connect a member, and hand it what was said since the entry `after` (0: all that we have).
 
@@ -306,6 +264,7 @@ def lose(room: Room, member: Member, outbox: Outbox, grace: float) -> None:
 def leave(room: Room, member: Member) -> None:
     """Take a member out of its room, and forget the room with the last one."""
     member.outbox = None
+    room.typing.discard(member)
     del room.members[member.id]
     held[member.address] -= 1
     if not held[member.address]:
@@ -389,7 +348,8 @@ async def flush(room: Room) -> None:
             rest = list(in_frames(news[member.skip :])) if member.skip else batch
             member.skip = 0
             deliver(room, member, rest)
-        await asyncio.sleep(len(batch) * len(room.members) / limits["FRAMES_PER_SECOND"])
+        frames = max(1, len(batch)) * len(room.members)
+        await asyncio.sleep(frames / limits["FRAMES_PER_SECOND"])
 
 
 def in_frames(strings: list[str]) -> Iterator[str]:
@@ -460,6 +420,7 @@ async def connection(code: str) -> None:
             both.create_task(receive(code, outbox, ws))
     except* Close as closes:
         end = closes.exceptions[0]
+        log.info("Closed with %s: %s", *end.args)
     except* OSError:
         pass  # the network has given up
     except* Exception as errors:
@@ -587,22 +548,6 @@ def admit(code: str, frame: dict, outbox: Outbox) -> tuple[Room, Member]:
     return room, member
 
 
-def check_space(room: Room, address: str) -> None:
-    """Do nothing if there is space for one more member; else Close 4503.
-
-    Members are counted by address even while they are reconnecting: to say hello, to hang up, and
-    that a thousand times, would fill the server.
-    """
-    if held[address] >= limits["SOCKETS_PER_ADDRESS"]:
-        log_limit("SOCKETS_PER_ADDRESS")
-        raise Close(4503, "There are too many members from your network.")
-    if sum(held.values()) >= 2 * limits["SOCKETS"]:
-        raise Close(4503, "This server is full. Try again later.")
-    here = sum(member.outbox is not None for member in room.members.values())
-    if here >= limits["MEMBERS"]:
-        raise Close(4503, "This room is full.")
-
-
 async def next_frame(ws, frames: Allowance) -> dict:
     """Return the next frame, an object with one verb; Close 1008 or 1009 if it is anything else."""
     raw = await ws.receive()
@@ -652,6 +597,67 @@ def unlike_others(name: str, room: Room) -> str:
     while look(unique) in taken:
         unique, number = f"{name} {number}", number + 1
     return unique
+
+
+# ── Strangers ────────────────────────────────────────────────────────────────────────────────────
+# They are told apart by address. The caches bound the memory: who has long done nothing is forgotten
+# first.
+
+
+@lru_cache(10_000)
+def new_rooms(address: str) -> Allowance:
+    return allowance("NEW_ROOM", seconds=60)
+
+
+@lru_cache(10_000)
+def wrong_codes(address: str) -> Allowance:
+    if address == "all":
+        return Allowance(limits["WRONG_CODES_IN_ALL"] / 60, limits["WRONG_CODES_IN_ALL"])
+    return Allowance(limits["WRONG_CODES"] / 600, limits["WRONG_CODES"])
+
+
+def find_room(code: str) -> Room | None:
+    """Return the room with this code, if there is one; Close 1008 after too many wrong codes.
+
+    Then even for a right code, or whoever tries them all would still find the rooms. Codes of rooms
+    that have closed are not counted: a class that reloads its pages is not guessing.
+    """
+    address = guards.address()
+    guesses = {"WRONG_CODES": wrong_codes(address), "WRONG_CODES_IN_ALL": wrong_codes("all")}
+    for limit, guess in guesses.items():
+        if not guess.has():
+            log_limit(limit)
+            raise Close(1008, "Too many wrong codes have been tried. Try again in ten minutes.")
+    if code not in rooms and code not in closed:
+        for guess in guesses.values():
+            guess.take()
+    return rooms.get(code)
+
+
+def check_space(room: Room, address: str) -> None:
+    """Do nothing if there is space for one more member; else Close 4503.
+
+    Members are counted by address even while they are reconnecting: to say hello, to hang up, and
+    that a thousand times, would fill the server.
+    """
+    if held[address] >= limits["SOCKETS_PER_ADDRESS"]:
+        log_limit("SOCKETS_PER_ADDRESS")
+        raise Close(4503, "There are too many members from your network.")
+    if sum(held.values()) >= 2 * limits["SOCKETS"]:
+        raise Close(4503, "This server is full. Try again later.")
+    here = sum(member.outbox is not None for member in room.members.values())
+    if here >= limits["MEMBERS"]:
+        raise Close(4503, "This room is full.")
+
+
+def log_limit(limit: str) -> None:
+    """Log that this client has reached a limit; once an hour, or an attack would fill the disk."""
+    log_once("%s has reached the limit CHAT_%s", guards.address(), limit, time.time() // 3600)
+
+
+@lru_cache(10_000)
+def log_once(sentence: str, *values) -> None:
+    log.warning(sentence, *values[:2])
 
 
 # ── Pages ────────────────────────────────────────────────────────────────────────────────────────
