@@ -114,11 +114,48 @@ class Server:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def stop(self) -> None:
+        if self.log.closed:
+            return
         self.process.send_signal(self.end)
         self.process.wait(6)
         self.process.stdout.close()
         sys.stderr.write(self.complaints())
         self.log.close()
+
+
+class Many:
+    """Servers behind an nginx, which runs as deploy/nginx-many.conf says, on free ports."""
+
+    SETTINGS: ClassVar = {"CHAT_SECRET": "shared", "CHAT_PROXIES": "1"}
+    banner, create_room = "", Server.create_room
+
+    def __init__(self, folder: Path, count: int = 4):
+        self.servers = [Server(end=signal.SIGKILL, **self.SETTINGS) for _ in range(count)]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        ports = dict(zip(range(8001, 8005), [server.port for server in self.servers], strict=False))
+        ports[8080] = self.port
+        config = (HERE / "deploy" / "nginx-many.conf").read_text()
+        for port in {8001, 8002, 8003, 8004} - ports.keys():
+            config = re.sub(rf".*127.0.0.1:{port}.*", "", config)
+        config = re.sub(r"(?<=127\.0\.0\.1:)\d+", lambda port: str(ports[int(port[0])]), config)
+        (folder / "nginx.conf").write_text(config)
+        nginx = ["nginx", "-p", str(folder), "-c", "nginx.conf", "-e", "stderr"]
+        self.nginx = subprocess.Popen([*nginx, "-g", "daemon off;"])
+
+    async def start(self) -> None:
+        async with asyncio.timeout(20):
+            while True:
+                try:
+                    return socket.create_connection(("127.0.0.1", self.port)).close()
+                except ConnectionRefusedError:
+                    await asyncio.sleep(0.05)
+
+    def stop(self) -> None:
+        self.nginx.terminate()
+        self.nginx.wait(10)
+        for server in self.servers:
+            server.stop()
 
 
 class Peer:
@@ -646,6 +683,48 @@ async def load(options) -> None:
         server.stop()
 
 
+async def many(processes: int) -> float:
+    """Return how many messages a second 60 rooms of 4 carry, each with 60 on the way."""
+    with tempfile.TemporaryDirectory() as folder:
+        servers = Many(Path(folder), processes)
+        await servers.start()
+        crowds = [Crowd(servers, 4, f"MANY{room // 8 + 2}{room % 8 + 2}") for room in range(60)]
+        for crowd in crowds:
+            await crowd.join()
+
+        async def talk(crowd: Crowd) -> None:
+            said = 0
+            while True:
+                for _ in range(60):
+                    crowd.peers[0].send(say=f"sent@{said:015}", id=f"i{said}")
+                    said += 1
+                while crowd.count < said * crowd.size:
+                    await asyncio.sleep(0.001)
+
+        talks = [asyncio.create_task(talk(crowd)) for crowd in crowds]
+        await asyncio.sleep(2)
+        before, started = sum(crowd.count for crowd in crowds), time.perf_counter()
+        await asyncio.sleep(5)
+        after, seconds = sum(crowd.count for crowd in crowds), time.perf_counter() - started
+        for talk in talks:
+            talk.cancel()
+        for crowd in crowds:
+            await crowd.leave()
+        servers.stop()
+    return (after - before) / 4 / seconds
+
+
+def run_many(options) -> bool:
+    """Print how the throughput of small rooms grows with the processes that nginx spreads them over."""
+    os.environ["PATH"] += ":/usr/sbin"  # where Debian has nginx
+    for processes in (1, 2, 4):
+        rates = sorted(asyncio.run(many(processes)) for _ in range(3))
+        print(
+            f"{processes} processes: {rates[1]:.0f} messages/s ({rates[0]:.0f} to {rates[2]:.0f})"
+        )
+    return True
+
+
 def run_load(options) -> bool:
     asyncio.run(load(options))
     return True
@@ -923,6 +1002,8 @@ if __name__ == "__main__":
     command = commands.add_parser("load", help="measure what one core carries")
     command.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 1000])
     command.set_defaults(run=run_load)
+    command = commands.add_parser("many", help="measure many processes behind nginx")
+    command.set_defaults(run=run_many)
     command = commands.add_parser("attack", help="measure what attacks do to others")
     command.add_argument("--seconds", type=float, default=6)
     command.add_argument("--only", nargs="+", choices=ATTACKS)

@@ -33,6 +33,7 @@ import time
 import unicodedata
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -101,7 +102,9 @@ ALPHABET = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # of room codes, which are read ou
 CODE = re.compile(f"[{ALPHABET}]{{6}}")
 ID = re.compile("[A-Za-z0-9_-]{1,64}")
 IDS_REMEMBERED = 128  # in a room, and 64 more a member: more than one can have unconfirmed
-FRAME_SIZE = 32_768  # characters of a frame to a browser, about; a stuck line holds one
+# Characters of a frame to browsers, about. A stuck line holds one, so that they are bounded; one that
+# goes to all members is held only once, and may be larger: few large frames are fast.
+FRAME_SIZE, FRAME_SIZE_FOR_ALL = 32_768, 131_072
 # Never shown: control characters, and overrides of the writing direction. In names also refused:
 # letters that look like nothing, and joiners but for those inside 👩‍🚀 or a Persian word.
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -343,20 +346,20 @@ async def flush(room: Room) -> None:
         typing = str(fragments.typing(list(room.typing)[:3])) if room.typing else ""
         room.typing.clear()
         news = [*pending, *filter(None, (presence, typing))]
-        batch = list(in_frames(news))
+        batch = list(in_frames(news, FRAME_SIZE_FOR_ALL))
         for member in list(room.members.values()):
-            rest = list(in_frames(news[member.skip :])) if member.skip else batch
+            rest = news[member.skip :] if member.skip else batch
             member.skip = 0
             deliver(room, member, rest)
         frames = max(1, len(batch)) * len(room.members)
         await asyncio.sleep(frames / limits["FRAMES_PER_SECOND"])
 
 
-def in_frames(strings: list[str]) -> Iterator[str]:
-    """Join strings to as few frames as there can be without one of them being large."""
+def in_frames(strings: list[str], most: int) -> Iterator[str]:
+    """Join strings to frames of at most so many characters, unless a single one has more."""
     frame, size = [], 0
     for string in strings:
-        if size and size + len(string) > FRAME_SIZE:
+        if size and size + len(string) > most:
             yield "".join(frame)
             frame, size = [], 0
         frame.append(string)
@@ -444,7 +447,8 @@ async def relay(outbox: Outbox, ws) -> None:
         waiting = await outbox.get()
         while not outbox.empty() and len(waiting) < 8:
             waiting = waiting + outbox.get_nowait()
-        for frame in in_frames([item for item in waiting if isinstance(item, str)]):
+        news = [item for item in waiting if isinstance(item, str)]
+        for frame in in_frames(news, FRAME_SIZE):
             await ws.send(frame)
         for close in waiting:
             if isinstance(close, Close):
@@ -826,7 +830,8 @@ def main() -> None:
     link = f"http://{address}:{listener.getsockname()[1]}"
     print(f"Chat is on {link} (Ctrl-C stops it)", flush=True)
     if address != host:
-        segno.make(link, micro=False).terminal(compact=True)  # for the phones in the same room
+        with suppress(UnicodeEncodeError):  # a terminal that has no blocks
+            segno.make(link, micro=False).terminal(compact=True)  # for the phones in the same room
     asyncio.run(run(listener))
 
 

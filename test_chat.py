@@ -1701,6 +1701,24 @@ async def test_a_ping_between_fragments_is_allowed(server):
     assert "meanwhile" in await hears(ann, "in two parts")
 
 
+async def test_the_log_has_no_message_name_code_or_token(server):
+    ann, bob = await peer(server, "Ann Onymous"), await peer(server, "Bob")
+    ann.send(say="the secret words", id="x1")
+    await hears(bob, "the secret words")
+    bob.send(shout="the secret words")
+    assert await is_closed(bob) == 1008
+    for _ in range(12):
+        await http(server, "GET /r/KWR4TN HTTP/1.1")
+    ann.send(leave=True)
+    assert await is_closed(ann) == 1000
+    said = server.complaints()
+    assert said.count("Closed with 1008: That is not a frame of this chat.") == 1
+    assert said.count("Closed with 1000: You left the room.") == 1
+    assert said.count("127.0.0.1 has reached the limit CHAT_WRONG_CODES") == 1
+    for secret in ("secret words", "Onymous", "PARTY2", "KWR4TN", ann.token, ann.token[:20]):
+        assert secret not in said
+
+
 # ── Start and stop ───────────────────────────────────────────────────────────────────────────────
 
 
@@ -1737,6 +1755,30 @@ def program(*arguments: str, code: str = "import chat; chat.main()") -> tuple[in
         check=False,
     )
     return done.returncode, done.stdout
+
+
+BLOCKS = {" ": (0, 0), "▀": (255, 0), "▄": (0, 255), "█": (255, 255)}
+
+
+async def test_a_class_is_shown_the_address_as_a_qr_code():
+    """With --host 0.0.0.0, which here is made to be the loopback all the same."""
+    code = (
+        "import chat, socket, sys; sys.argv += ['--host', '0.0.0.0']; make = socket.create_server;"
+    )
+    code += "socket.create_server = lambda at, **o: make(('127.0.0.1', at[1]), **o); chat.main()"
+    server = bench_chat.Server(code)
+    link = re.search(r"http://\S+", server.banner)[0]
+    rows = []
+    while set(line := server.process.stdout.readline().decode().rstrip("\n")) <= set(BLOCKS):
+        for half in (0, 1):
+            pixels = bytes(BLOCKS[block][half] for block in line for _ in range(4))
+            rows += [pixels] * 4
+        if "▀" * len(line) == line:
+            break
+    image = memoryview(b"".join(rows)).cast("B", (len(rows), len(rows[0])))
+    assert [code.text for code in zxingcpp.read_barcodes(image)] == [link]
+    assert link.endswith(f":{server.port}")
+    server.stop()
 
 
 async def test_a_port_in_use_is_one_sentence(server):
@@ -1816,64 +1858,31 @@ async def test_a_missing_package_is_one_sentence():
 # ── Many processes: a real nginx before four real servers ────────────────────────────────────────
 
 
-class Many:
-    """Four servers behind an nginx, which runs as deploy/nginx-many.conf says, on free ports."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.servers = [bench_chat.Server(CHAT_SECRET="shared", CHAT_PROXIES="1") for _ in range(4)]
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        ports = {8001 + number: server.port for number, server in enumerate(self.servers)}
-        ports[8080] = self.port
-        config = (bench_chat.HERE / "deploy" / "nginx-many.conf").read_text()
-        config = re.sub(r"(?<=127\.0\.0\.1:)\d+", lambda port: str(ports[int(port[0])]), config)
-        (folder / "nginx.conf").write_text(config)
-        nginx = ["nginx", "-p", str(folder), "-c", "nginx.conf", "-e", "stderr"]
-        self.nginx = subprocess.Popen([*nginx, "-g", "daemon off;"])
-
-    async def start(self) -> None:
-        async with asyncio.timeout(20):
-            while True:
-                try:
-                    return socket.create_connection(("127.0.0.1", self.port)).close()
-                except ConnectionRefusedError:
-                    await asyncio.sleep(0.05)
+class Many(bench_chat.Many):
+    """One of whose servers can be killed, and started again."""
 
     def create_room(self, code: str) -> int:
         """Create a room through nginx; return the number of the server that has got it."""
         before = [health(server)["rooms"] for server in self.servers]
-        bench_chat.Server.create_room(self, code)
+        super().create_room(code)
         after = [health(server)["rooms"] for server in self.servers]
         grown = [number for number in range(4) if after[number] > before[number]]
         assert len(grown) == 1, f"{code} was created on {grown}"
         return grown[0]
 
     def kill(self, number: int) -> None:
-        self.servers[number].process.kill()
-        self.servers[number].process.wait()
+        self.servers[number].end = signal.SIGKILL
+        self.servers[number].stop()
 
     def start_again(self, number: int) -> None:
         """Start a server that was killed, on its old port."""
         server = self.servers[number]
-        server.process.stdout.close()
-        server.log.close()
         server.program = f"import sys, chat; sys.argv[-1] = '{server.port}'; chat.main()"
-        server.start(CHAT_SECRET="shared", CHAT_PROXIES="1")
+        server.start(**bench_chat.Many.SETTINGS)
 
     def reload(self) -> None:
         """Do as `nginx -s reload` does."""
         self.nginx.send_signal(signal.SIGHUP)
-
-    def stop(self) -> None:
-        self.nginx.terminate()
-        self.nginx.wait(10)
-        for server in self.servers:
-            if server.process.returncode is None:
-                server.stop()
-            else:
-                server.process.stdout.close()
-                server.log.close()
 
 
 @pytest.fixture
