@@ -779,6 +779,17 @@ async def tiny_frames(port: int, number: int) -> None:
     await peer.flood(b'\x81\x8a\0\0\0\0{"here":1}' * 5_000)
 
 
+async def marks(port: int, number: int) -> None:
+    """Say letters with thousands of marks, which it takes long to put into order."""
+    peer = await Peer.connect(port, "PARTY2")
+    peer.send(hello={"name": f"marks {number}"})
+    letter = json.dumps({"say": "a" + "\u0301" * 4_000 + "\u0316" * 4_000, "id": "x"})
+    for _ in range(70):
+        peer.send_bytes(letter.encode().decode("unicode_escape").encode())
+        await asyncio.sleep(0.1)
+    await peer.read_all()
+
+
 async def slow_reader(port: int, number: int) -> None:
     """Be one of many who never read, while one in twenty says the largest messages there can be."""
     peer = await Peer.connect(port, "PARTY2")
@@ -827,7 +838,8 @@ ATTACKS = {  # by so many at once, each again and again
     "empty pings": (5, pings),
     "1-byte fragments": (5, fragments),
     "tiny frames": (5, tiny_frames),
-    "large frames": (20, large_frames),
+    "large frames": (10, large_frames),
+    "many marks": (5, marks),
     "slow readers": (100, slow_reader),
     "busy handler": (5, busy_handler),
     "half-open": (500, half_open),
@@ -890,11 +902,11 @@ def run_attack(options) -> bool:
     """Print what each attack does to the default stack, and with the guards; True if they hold."""
     Peer.offer = ""  # or it would have to inflate
     os.sched_setaffinity(0, {1})  # the server has core 0
-    print(f"{'':18}{'default stack':^34}{'with guards.py':^34}")
-    print(f"{'attack':18}" + f"{'median':>8}{'worst ms':>10}{'gone':>6}{'MB':>8}  " * 2)
+    print(f"{'':22}{'default stack':^34}{'with guards.py':^34}")
+    print(f"{'attack':22}" + f"{'median':>8}{'worst ms':>10}{'gone':>6}{'MB':>8}  " * 2)
     fine = True
     for name in options.only or ATTACKS:
-        print(f"{name:18}", end="", flush=True)
+        print(f"{ATTACKS[name][0]:3} × {name:16}", end="", flush=True)
         for program in (DEFAULT, ""):
             median, worst, gone, grown = asyncio.run(withstand(name, program, options.seconds))
             print(f"{median:8.1f}{worst:10.1f}{gone:6}{grown:+8.1f}  ", end="", flush=True)

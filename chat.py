@@ -60,7 +60,7 @@ SETTINGS = {  # the default, and what it limits
     "MESSAGE_LENGTH": (2_000, "characters of a message"),
     "MESSAGE_RATE": (2, "messages a second and member; after too many more, 1008"),
     "MESSAGE_BURST": (10, "messages at once, before that rate counts"),
-    "FRAME_BYTES": (16_384, "bytes of a frame from a browser"),
+    "FRAME_BYTES": (16_384, "bytes of a frame from a browser: 8 for each character of a message"),
     "FRAME_RATE": (10, "frames of any kind a second and connection; after more, 1008"),
     "FRAME_BURST": (60, "frames at once, before that rate counts"),
     "NAME_LENGTH": (24, "characters of a name"),
@@ -90,7 +90,9 @@ SETTINGS = {  # the default, and what it limits
 }
 limits.from_mapping({name: default for name, (default, _) in SETTINGS.items()})
 limits.from_prefixed_env("CHAT")
-limits["SECRET"] = str(limits["SECRET"] or secrets.token_hex())
+for name in ("ORIGINS", "SECRET"):  # as they are, and not as JSON
+    limits[name] = os.environ.get(f"CHAT_{name}", "")
+limits["SECRET"] = limits["SECRET"] or secrets.token_hex()
 limits["MAX_CONTENT_LENGTH"] = limits["BODY_BYTES"]  # what Quart calls it
 limits["BODY_TIMEOUT"] = limits["JOIN_DEADLINE"]
 
@@ -108,7 +110,7 @@ FRAME_SIZE, FRAME_SIZE_FOR_ALL = 32_768, 131_072
 # Never shown: control characters, and overrides of the writing direction. In names also refused:
 # letters that look like nothing, and joiners but for those inside 👩‍🚀 or a Persian word.
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-BLANK = re.compile("[\u3164\u115f\u1160\uffa0\u2800\u034f]")
+BLANK = re.compile("[\u3164\u115f\u1160\uffa0\u2800\u034f\u17b4\u17b5\ufffc\U00016fe4\U0001d159]")
 JOINER = re.compile("(?<=[^\x00-\x7f])[\u200c\u200d](?=[^\x00-\x7f])")
 PIECES = re.compile(  # code blocks, code and links: re.split puts them at the odd indices
     r"""(```.*?```\n?|`[^`\n]+`|https?://[^\s<>"]*[^\s<>"'.,;:!?)\]}])""", re.DOTALL
@@ -248,7 +250,7 @@ def enter(room: Room, member: Member, outbox: Outbox, after: int) -> None:
     member.outbox, member.skip = outbox, len(room.pending)
 
     oldest = room.history[0][0] if room.history else room.seq + 1
-    hole = after and not oldest - 1 <= after <= room.seq
+    hole = after != 0 and not oldest - 1 <= after <= room.seq
     gap = [fragments.gap(seq=oldest - 1)] if hole else []
     missed = [entry for seq, entry in room.history if seq > after or hole]
     outbox.put_nowait([fragments.welcome(member), *gap, *missed])
@@ -280,8 +282,9 @@ def leave(room: Room, member: Member) -> None:
 
 def say(room: Room, member: Member, id: str, text: str) -> None:
     """Post what a member says, once, or tell it why not; Close 1008 if it does not stop."""
-    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n")
-    text = HIDDEN.sub("", text).strip("\n")
+    if not stacked(text):
+        text = unicodedata.normalize("NFC", text)
+    text = HIDDEN.sub("", text.replace("\r\n", "\n")).strip("\n")
     key = hash((member.id, id))  # 8 bytes to remember, and other ones in each run
     if key in room.posted:
         verdict, why = "confirmed", ""  # sent again, because the echo had not reached it
@@ -291,10 +294,11 @@ def say(room: Room, member: Member, id: str, text: str) -> None:
         room.posted[key] = None
         if len(room.posted) > IDS_REMEMBERED + 64 * len(room.members):
             room.posted.popitem(last=False)
+        room.typing.discard(member)
         return post(room, fragments.message, member=member, id=id, pieces=PIECES.split(text))
-    elif member.refusals.take():
-        verdict, why = "later", "You are too fast. Your message is sent again in a moment."
     else:
+        verdict, why = "later", "You are too fast. Your message is sent again in a moment."
+    if verdict != "confirmed" and not member.refusals.take():
         raise Close(1008, "You sent too many messages.")
     deliver(room, member, [fragments.verdict(id, verdict, why)])
 
@@ -523,13 +527,12 @@ def admit(code: str, frame: dict, outbox: Outbox) -> tuple[Room, Member]:
             try:
                 home, run, id, name, _ = signer.loads(token)
             except BadSignature:
-                home = None
-            if home == code:  # it has been here, and is not guessing
-                room = rooms.get(code)
-                if not room and run != RUN and code not in closed:
-                    room = open_room(code)  # nobody has left it: it was a restart
-            elif room := find_room(code):
+                home = None  # no longer ours after a restart without CHAT_SECRET
+            if home != code:  # the same whether there is such a room or not: nothing to guess from
                 raise Close(4401, "You were not in this room. Give your name again.")
+            room = rooms.get(code)
+            if not room and run != RUN and code not in closed:
+                room = open_room(code)  # nobody has left it: it was a restart
         case _:
             raise Close(1008, "The first frame has to be a hello.")
     if not room:
@@ -575,8 +578,21 @@ async def next_frame(ws, frames: Allowance) -> dict:
 # ── Names ────────────────────────────────────────────────────────────────────────────────────────
 
 
+def stacked(text: str) -> bool:
+    """Whether a letter carries more than 30 marks. To normalize n of them takes n² steps: 0.1 s for
+    what fits into one frame, and everybody would wait."""
+    marks = 0
+    for character in "" if text.isascii() else text:
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        if marks > 30:
+            return True
+    return False
+
+
 def usable_name(raw: str) -> str:
     """Return a name as it will be shown; ValueError says why it cannot be used."""
+    if len(raw) > 100:  # NFKC can make 18 characters of one
+        raise ValueError(f"A name has at most {limits['NAME_LENGTH']} characters.")
     name = re.sub(" +", " ", unicodedata.normalize("NFKC", raw).strip())
     kinds = [unicodedata.category(character) for character in JOINER.sub("", name)]
     if {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"} & set(kinds) or BLANK.search(name):
@@ -594,7 +610,7 @@ def unlike_others(name: str, room: Room) -> str:
     """Return the name, with a number if somebody in the room has one that looks the same."""
 
     def look(name: str) -> str:
-        visible = re.sub("[\u200c\u200d\ufe00-\ufe0f]", "", name)
+        visible = re.sub("[\u200c\u200d\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]", "", name)
         return unicodedata.normalize("NFKC", visible.casefold())
 
     taken, unique, number = {look(member.name) for member in room.members.values()}, name, 2
@@ -611,6 +627,11 @@ def unlike_others(name: str, room: Room) -> str:
 @lru_cache(10_000)
 def new_rooms(address: str) -> Allowance:
     return allowance("NEW_ROOM", seconds=60)
+
+
+@lru_cache(10_000)
+def new_members(address: str) -> Allowance:  # a class at once, and again in ten minutes
+    return Allowance(limits["SOCKETS_PER_ADDRESS"] / 600, limits["SOCKETS_PER_ADDRESS"])
 
 
 @lru_cache(10_000)
@@ -652,6 +673,9 @@ def check_space(room: Room, address: str) -> None:
     here = sum(member.outbox is not None for member in room.members.values())
     if here >= limits["MEMBERS"]:
         raise Close(4503, "This room is full.")
+    if not new_members(address).take():  # or joining and leaving would be a way to flood
+        log_limit("SOCKETS_PER_ADDRESS")
+        raise Close(4503, "Too many have joined from your network. Try again in a few minutes.")
 
 
 def log_limit(limit: str) -> None:
@@ -689,12 +713,11 @@ async def join():
 async def create(code: str):
     """Open the room whose code the home page chose: a proxy can tell rooms apart by the path."""
     await request.get_data()  # nothing is in it; but one that is too large is refused, with 413
-    if not CODE.fullmatch(code) or (code in rooms and rooms[code].members):
-        wrong_codes(guards.address()).take()  # or guessing would be free of charge here
-        return await home("This code cannot be used", "Create a room to get another one.", 409)
-    if not new_rooms(guards.address()).take():
+    if not new_rooms(guards.address()).take():  # first: then not even guessing is free of charge
         log_limit("NEW_ROOM_RATE")
         raise Close(1008, "Your network has created many rooms. Wait a minute, and try again.")
+    if not CODE.fullmatch(code) or (code in rooms and rooms[code].members):
+        return await home("This code cannot be used", "Create a room to get another one.", 409)
     room = rooms.get(code) or open_room(code)  # there already after a double click
     return redirect(f"/r/{room.code}", 303)
 
@@ -768,8 +791,9 @@ async def run(listener: socket.socket) -> None:
         stopping.set()
         for outbox in outboxes:
             hang_up(outbox, Close(1012, "The server restarts."))
-        for _ in range(20):
-            await asyncio.sleep(0.05 if outboxes else 0)
+        deadline = time.monotonic() + 1
+        while outboxes and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
 
     heart = asyncio.create_task(beat())
     guards.install(app, lambda: allowance("FRAME"))
@@ -808,19 +832,25 @@ def main() -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="where to listen; 0.0.0.0: everywhere")
     parser.add_argument("--port", default=8000, type=int)
-    host, port = vars(parser.parse_args()).values()
+    options = parser.parse_args()
+    host, port = options.host, options.port
     for variable in os.environ:
-        name = variable.removeprefix("CHAT_")
-        if name != variable and name not in SETTINGS:
+        if variable.startswith("CHAT_") and variable.removeprefix("CHAT_") not in SETTINGS:
             parser.error(f"{variable}, in the environment, is not a setting")
-        if name != variable and not (
-            isinstance(SETTINGS[name][0], str) or isinstance(limits[name], int | float)
-        ):
-            parser.error(f"{variable}, in the environment, has to be a number")
+    for name, (default, _) in SETTINGS.items():
+        least = 0.001 if name in ("BEAT", "FRAMES_PER_SECOND") else 0
+        number = type(limits[name]) in (int, float) and limits[name] >= least
+        if not number and not isinstance(default, str):
+            parser.error(
+                f"CHAT_{name}, in the environment, has to be a number, and not below {least}"
+            )
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family, backlog=1024)
+        both = host == "::" and socket.has_dualstack_ipv6()
+        listener = socket.create_server(
+            (host, port), family=family, backlog=1024, dualstack_ipv6=both
+        )
     except (OSError, OverflowError) as why:
         reason = str(getattr(why, "strerror", why)).split(" (")[0]
         sys.exit(f"Cannot listen on {host}, port {port}: {reason}.")
@@ -829,7 +859,7 @@ def main() -> None:
     address = f"[{address}]" if ":" in address else address
     link = f"http://{address}:{listener.getsockname()[1]}"
     print(f"Chat is on {link} (Ctrl-C stops it)", flush=True)
-    if address != host:
+    if host in ("0.0.0.0", "::"):
         with suppress(UnicodeEncodeError):  # a terminal that has no blocks
             segno.make(link, micro=False).terminal(compact=True)  # for the phones in the same room
     asyncio.run(run(listener))

@@ -101,7 +101,7 @@ def forget():
     chat.closed.clear()
     chat.sockets.clear()
     chat.held.clear()
-    for cache in (chat.new_rooms, chat.wrong_codes, chat.log_once):
+    for cache in (chat.new_rooms, chat.new_members, chat.wrong_codes, chat.log_once):
         cache.cache_clear()
 
 
@@ -1036,6 +1036,7 @@ async def test_one_address_has_only_so_many_connections(tab, join, monkeypatch):
     assert await third.is_closed() == 4503
     await ann.does(leave=True)
     await ann.is_closed()
+    chat.new_members.cache_clear()  # what ten minutes do
     cy = await join("Cy")
     await cy.says("there is room again")
     await bob.hears("there is room again")
@@ -1071,24 +1072,44 @@ async def test_codes_cannot_be_guessed(join, tab, client, monkeypatch):
     """Not over HTTP, not over the WebSocket, and not half over the one and half over the other."""
     monkeypatch.setitem(limits, "WRONG_CODES", 4)
     ann = await join("Ann")
-    assert [await guess(client, way, "KWR4TN") for way in ("page", "name", "token")] == [
-        404,
-        4404,
-        4404,
-    ]
-    assert await guess(client, "create", "PARTY2") == 409
+    for way, answer in (("page", 404), ("name", 4404), ("page", 404), ("name", 4404)):
+        assert await guess(client, way, "KWR4TN") == answer
     for code in ("KWR4TN", "PARTY2"):  # the wrong and the right one are alike now
-        assert [await guess(client, way, code) for way in ("page", "name", "token")] == [
-            429,
-            1008,
-            1008,
-        ]
+        for way, answer in (("page", 429), ("name", 1008), ("token", 4401)):
+            assert await guess(client, way, code) == answer
     monkeypatch.setitem(limits, "PROXIES", 1)
     elsewhere = await client.get("/r/PARTY2", headers={"X-Forwarded-For": "192.0.2.1"})
     assert elsewhere.status_code == 200
     monkeypatch.setitem(limits, "PROXIES", 0)
     again = await (await tab()).hello(token=ann.token, after=0)  # who was here is not guessing
     assert again.name == "Ann"
+
+
+async def test_codes_cannot_be_guessed_by_creating_rooms(join, client, monkeypatch):
+    monkeypatch.setitem(limits, "NEW_ROOM_BURST", 2)
+    await join("Ann")
+    codes = ("PARTY2", "KWR4TN", "PARTY2", "KWR4TM")  # a guess costs as much as a room
+    assert [await guess(client, "create", code) for code in codes] == [409, 303, 429, 429]
+
+
+async def test_a_class_that_comes_back_after_a_restart_is_not_guessing(join, client, monkeypatch):
+    monkeypatch.setitem(limits, "WRONG_CODES", 1)
+    for _ in range(5):  # its tokens are void without CHAT_SECRET
+        assert await guess(client, "token", "KWR4TN") == 4401
+    await client.post("/r/KWR4TN")
+    assert (await client.get("/r/KWR4TN")).status_code == 200
+
+
+async def test_joining_and_leaving_is_no_way_to_flood(tab, join, monkeypatch):
+    monkeypatch.setitem(limits, "SOCKETS_PER_ADDRESS", 4)
+    await join("Ann")
+    for number in range(3):
+        flooder = await join(f"flood {number}")
+        await flooder.does(leave=True)
+        await flooder.is_closed()
+    fifth = await tab()
+    await fifth.does(hello={"name": "flood"})
+    assert await fifth.is_closed() == 4503
 
 
 async def test_codes_cannot_be_guessed_from_many_addresses(client, monkeypatch):
@@ -1234,6 +1255,15 @@ async def test_all_responses_have_the_headers(server, path, status):
     assert "cache-control: no-store\r\n" in headers
     assert "hypercorn" not in headers
     assert "strict-transport" not in headers
+
+
+async def test_a_host_is_no_way_to_draw_huge_qr_codes(server):
+    for size, status in ((60, 200), (200, 400), (4_000, 400)):
+        host = ".".join(["x" * 50] * (size // 50))
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(f"GET /r/PARTY2/qr.svg HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert (await reader.readline()).split()[1] == str(status).encode()
+        writer.close()
 
 
 @pytest.mark.parametrize("request_line", ["GET nowhere HTTP/1.1", "GET / FTP/9", "\x00"])
@@ -1804,7 +1834,15 @@ async def test_a_wrong_option_is_explained(arguments):
 
 @pytest.mark.parametrize(
     ("name", "value", "why"),
-    [("CHAT_MEMBRES", "40", "is not a setting"), ("CHAT_MEMBERS", "many", "has to be a number")],
+    [
+        ("CHAT_MEMBRES", "40", "is not a setting"),
+        ("CHAT_MEMBERS", "many", "has to be a number"),
+        ("CHAT_MEMBERS", "true", "has to be a number"),
+        ("CHAT_MEMBERS", "NaN", "has to be a number"),
+        ("CHAT_HISTORY", "-1", "has to be a number"),
+        ("CHAT_BEAT", "0", "has to be a number"),
+        ("CHAT_FRAMES_PER_SECOND", "0", "has to be a number"),
+    ],
 )
 async def test_a_wrong_setting_is_explained(monkeypatch, name, value, why):
     monkeypatch.setenv(name, value)
@@ -2464,7 +2502,8 @@ async def test_a_closed_room_says_so_and_keeps_what_was_read(browser, server):
         await shows(ann, "to be read")
         server.stop()
         server.start()  # without the secret of the first one, the room cannot be opened again
-        await shows(ann, "This room has closed", "#over")
+        await shows(ann, "no longer knows this room", "#over")
+        assert await ann.inner_text("#status") == ""
         assert await messages(ann) == ["to be read"]
 
 
@@ -2544,6 +2583,10 @@ async def test_the_log_stays_where_its_reader_is(browser, server):
     end = "#log li:last-child"
     await expect(ann.locator(end)).to_be_in_viewport()  # it follows
     assert not await ann.is_visible("#new")
+    await ann.focus("#scroller")
+    for _ in range(10):
+        await ann.press("#scroller", "ArrowUp")  # also by small steps it can be left
+    await expect(ann.locator(end)).not_to_be_in_viewport()
     await scroll_up(ann)
     for number in range(3):
         await writes(bob, f"new {number}")
@@ -2694,11 +2737,14 @@ async def test_what_was_read_can_be_taken_home_when_it_is_over(browser, server):
     ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
     await writes(ann, "first\nsecond <b>line</b>")
     await shows(ann, "second")
+    await ann.fill("#text", "half a sentence")
     await ann.click("#leave")
+    assert await ann.evaluate("document.activeElement.innerText") == "Save transcript"
     async with ann.expect_download() as download:
         await ann.click("#over .save")
     when = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\]"
     pattern = rf"{when} \* Ann joined\n{when} Ann: first\nsecond <b>line</b>\n"
+    pattern += r"\[not sent\] half a sentence\n"
     assert re.fullmatch(pattern, await transcript(download))
     assert re.fullmatch(r"Room PARTY2, [\d-]+\.txt", (await download.value).suggested_filename)
     await ann.click("text=Start anew")
@@ -2855,7 +2901,9 @@ async def test_enter_while_composing_is_not_a_send(browser, server):
     ann = await enters(await open_tab(browser, server.port, "/r/PARTY2"), "Ann")
     await ann.fill("#text", "nihao")
     enter = "new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true, cancelable: true})"
+    safari = enter.replace("isComposing: true", "keyCode: 229")
     await ann.evaluate(f"document.getElementById('text').dispatchEvent({enter})")
+    await ann.evaluate(f"document.getElementById('text').dispatchEvent({safari})")
     await ann.press("#text", "Shift+Enter")
     assert await ann.input_value("#text") == "nihao\n"
     await ann.press("#text", "Enter")

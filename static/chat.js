@@ -42,13 +42,17 @@ const shown = new Set(); // "member id" of messages shown, for those posted agai
 const FINAL = {
   1000: "You have left this room.",
   1009: "A message was too large, so the server has ended the connection.",
+  4401: "The server has restarted, and no longer knows this room.", // or us, but not after a reload
   4404: "This room has closed.",
   4409: "You have opened this chat in another tab, and it goes on there.",
 };
 
 function state(name, sentence = "") {
   chat.dataset.state = name;
-  $(name === "closed" ? "why" : "status").textContent = sentence;
+  $("status").textContent = name === "closed" ? "" : sentence;
+  if (name !== "closed") return;
+  $("why").textContent = sentence;
+  $("over").querySelector("button").focus(); // the box has gone, and the focus with it
 }
 
 function dial() {
@@ -91,8 +95,7 @@ chat.addEventListener("htmx-ws-after-connection", async () => {
   joined = greeted = false;
   inFlight = null;
   connection.socket.addEventListener("close", ({ code, reason }) => {
-    if (!reason || FINAL[code]) return;
-    if (chat.dataset.state === "closed") $("why").textContent = reason;
+    if (chat.dataset.state === "closed" && !FINAL[code] && reason) $("why").textContent = reason;
     if (chat.dataset.state === "outside") $("unusable").textContent ||= reason;
   });
   if (chat.dataset.state === "outside") $("status").textContent = "";
@@ -115,7 +118,7 @@ chat.addEventListener("htmx-ws-close", (event) => {
     return state(me ? "reconnecting" : "outside", "Connection lost. Reconnecting…");
   if (code === 1008 || code === 1009) takeBack(inFlight); // or it would be sent, and closed on, again
   if (code === 4401 || code === 4404) store.set("me", (me = null));
-  if (code === 4401 || (code === 1008 && !me)) return state("outside");
+  if ((code === 4401 && !last) || (code === 1008 && !me)) return state("outside");
   state("closed", FINAL[code] || "The server has ended the connection.");
 });
 
@@ -219,7 +222,8 @@ $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   if (!text.value.trim() || chat.dataset.state === "closed") return;
   const id = [...crypto.getRandomValues(new Uint8Array(12))].map((byte) => byte.toString(36)).join("");
-  unsent.push({ id, text: text.value.toWellFormed?.() ?? text.value }); // half an emoji is no text
+  const said = text.value.normalize("NFC"); // what the counter counts; others need more bytes
+  unsent.push({ id, text: said.toWellFormed?.() ?? said }); // half an emoji is no text
   write("");
   showUnsent();
   pump();
@@ -227,6 +231,7 @@ $("composer").addEventListener("submit", (event) => {
 text.addEventListener("input", () => store.set("draft", text.value));
 text.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return; // composing: 你好, not a send
+  if (event.keyCode === 229) return; // how Safari says the same
   event.preventDefault();
   $("composer").requestSubmit();
 });

@@ -30,7 +30,10 @@ function arrange(li) {
   li.classList.toggle("more", close && before.dataset.from === from);
   document.querySelector(`[data-typing="${from}"]`)?.remove();
   if (from === me?.member || (atEnd && !document.hidden)) return;
-  if (!unread) li.before(unreadLine);
+  if (!unread) {
+    li.before(unreadLine);
+    li.classList.remove("more"); // below the line the name is needed again
+  }
   unread += 1;
 }
 
@@ -40,8 +43,8 @@ function toEnd() {
   follow();
 }
 
-function follow() {
-  if (atEnd) {
+function follow(move = true) {
+  if (atEnd && move) {
     const end = scroller.scrollHeight - scroller.clientHeight;
     const start = unread ? unreadLine.offsetTop : end; // not past what nobody has read
     scroller.scrollTop = Math.min(end, start);
@@ -71,10 +74,13 @@ new ResizeObserver(follow).observe(scroller);
 
 scroller.addEventListener("scroll", () => {
   atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 50;
-  follow();
+  follow(false); // or a key, which moves it by less, could never leave the end
 });
-document.addEventListener("visibilitychange", follow);
-$("new").addEventListener("click", toEnd);
+document.addEventListener("visibilitychange", () => follow());
+$("new").addEventListener("click", () => {
+  toEnd();
+  scroller.focus(); // the button goes, and the focus with it
+});
 
 // ── Writing ──
 
@@ -141,7 +147,8 @@ function line(li) {
 
 function save() {
   const entries = [...log.children].filter((li) => li !== unreadLine).map(line);
-  const waiting = unsent.map((message) => `[not sent] ${message.text}`);
+  const texts = [...unsent.map((message) => message.text), text.value].filter(Boolean);
+  const waiting = texts.map((text) => `[not sent] ${text}`);
   const file = new Blob([[...removed, ...entries, ...waiting, ""].join("\n")], { type: "text/plain" });
   const anchor = document.createElement("a");
   anchor.href = URL.createObjectURL(file);
