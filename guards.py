@@ -135,7 +135,7 @@ def install(app: Quart, allowance) -> None:
         (app, "asgi_websocket_class", Connection),
         (app, "websocket_class", Socket),
     ):
-        for method in vars(guard).keys() - {"__module__", "__doc__", "allowance", "drop", "forget"}:
+        for method in vars(guard).keys() - {"__module__", "__doc__", "allowance", "drop"}:
             check(guard.__base__, method)
         replace(place, name, guard)
 
@@ -268,23 +268,19 @@ class Stream(ws_stream.WSStream):
         if message and "text" in message and ready:
             await self.send(Data(stream_id=self.stream_id, data=text_frame(message["text"])))
         else:
-            if message and message["type"] == "websocket.close":
-                self.forget()  # who is sent away is not listened to any more
             await super().app_send(message)
 
     async def handle(self, event) -> None:
-        if isinstance(event, StreamClosed) and self.app_put and self.app_put.__self__.full():
-            self.forget()  # it may be that nobody reads, and to wait for room would be for ever
+        if isinstance(event, StreamClosed) and self.app_put:
+            queue = self.app_put.__self__
+            if queue.full():  # then nobody may be reading it any more, and to wait for room
+                while not queue.empty():  # in it would be to wait for ever
+                    queue.get_nowait()
         await super().handle(event)
-
-    def forget(self) -> None:
-        queue = self.app_put.__self__
-        while not queue.empty():
-            queue.get_nowait()
 
     async def _handle_events(self) -> None:
         for event in self.connection.events():
-            if self.closed or self.state is ws_stream.ASGIWebsocketState.CLOSED:
+            if self.closed:
                 return
             # Messages are counted where they are read; this is what the application never sees.
             fragment = isinstance(event, Message) and event.frame_finished > event.message_finished
