@@ -14,6 +14,7 @@ The words:
     member   one tab in one room: here (has an outbox), reconnecting (has none) or left (forgotten)
     entry    a line of the log, message or notice; its seq is one more than that of the entry before
     outbox   what one connection still has to be sent; bounded, so that nobody waits for a slow one
+    batch    a list of strings that a flush puts into all outboxes, the same list for all
     evict    to end a slow consumer's connection; it comes back by itself and resumes
     frame    what a WebSocket carries: JSON from the browser, fragments of HTML to it
 """
@@ -103,7 +104,7 @@ RUN = secrets.token_hex(4)  # this run of the program; a token that names anothe
 ALPHABET = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # of room codes, which are read out: no 0 O 1 I L
 CODE = re.compile(f"[{ALPHABET}]{{6}}")
 ID = re.compile("[A-Za-z0-9_-]{1,64}")
-IDS_REMEMBERED = 128  # in a room, and 64 more a member: more than one can have unconfirmed
+IDS_REMEMBERED = 128  # in a room, and 64 more a member: our page has one unconfirmed at a time
 # Characters of a frame to browsers, about. A stuck line holds one, so that they are bounded; one that
 # goes to all members is held only once, and may be larger: few large frames are fast.
 FRAME_SIZE, FRAME_SIZE_FOR_ALL = 32_768, 131_072

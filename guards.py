@@ -89,7 +89,7 @@ def address() -> str:
 def scheme() -> str:
     """Return http or https, as the browser sees it: a proxy may speak TLS in our stead."""
     told = client().headers.get("X-Forwarded-Proto") if current_app.config["PROXIES"] else None
-    return {"ws": "http", "wss": "https"}.get(told or client().scheme, told or client().scheme)
+    return (told or client().scheme).replace("ws", "http")  # a WebSocket's are ws and wss
 
 
 def same_origin() -> bool:

@@ -1,5 +1,5 @@
-// What makes the page pleasant: reading, writing, inviting, taking the talk home. It only looks at what
-// chat.js, which comes first, has put into the page; the chat works without this file.
+// What makes the page pleasant: reading, writing, inviting, taking the talk home. It looks at what
+// chat.js, which comes first, has put into the page, and says who is typing; the chat works without it.
 "use strict";
 
 const log = $("log"), scroller = $("scroller");
@@ -69,8 +69,8 @@ new MutationObserver((records) => {
   follow();
   setTimeout(() => ($("live").ariaLive = "polite"), 1000); // the history has been put in
 }).observe(log, { childList: true });
-new MutationObserver(follow).observe($("unsent"), { childList: true });
-new ResizeObserver(follow).observe(scroller);
+new MutationObserver(() => follow()).observe($("unsent"), { childList: true });
+new ResizeObserver(() => follow()).observe(scroller);
 
 scroller.addEventListener("scroll", () => {
   atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 50;
