@@ -38,6 +38,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
+from pathlib import Path
 
 try:
     import segno
@@ -55,7 +56,8 @@ except ImportError as moved:  # something that guards.py needs
 
 # ── Limits ── each can be set in the environment, as in CHAT_MEMBERS=40 python chat.py ───────────
 
-app = Quart(__name__)
+app = Quart(__name__, static_folder=None)
+app.url_map.merge_slashes = False  # or `//` would be answered with a redirect to any Host
 limits = app.config
 SETTINGS = {  # the default, and what it limits
     "MESSAGE_LENGTH": (2_000, "characters of a message"),
@@ -97,7 +99,8 @@ limits["SECRET"] = limits["SECRET"] or secrets.token_hex()
 limits["MAX_CONTENT_LENGTH"] = limits["BODY_BYTES"]  # what Quart calls it
 limits["BODY_TIMEOUT"] = limits["JOIN_DEADLINE"]
 
-app.jinja_env.globals["integrity"] = guards.integrity
+files = guards.read_files(Path(__file__).parent / "static")
+app.jinja_env.globals["static"] = lambda name: f"/static/{name}?v={files[name].version}"
 
 log = logging.getLogger("chat")  # closes, limits reached, errors; no message, name, code or token
 RUN = secrets.token_hex(4)  # this run of the program; a token that names another is older
@@ -757,6 +760,13 @@ def draw(link: str) -> bytes:
         drawing, kind="svg", xmldecl=False, omitsize=True, light="white"
     )
     return drawing.getvalue()
+
+
+@app.get("/static/<path:name>")
+async def static_file(name: str):
+    if name not in files:
+        raise NotFound
+    return files[name].response()
 
 
 @app.get("/healthz")

@@ -259,8 +259,8 @@ else $("name").focus();
 
 // The wire view is for those who ask for it, and so is its script.
 $("wire-open").onclick = function load({ currentTarget: button }) {
-  const { src, integrity = "" } = button.dataset;
-  const script = Object.assign(document.createElement("script"), { src, integrity });
+  const { src } = button.dataset;
+  const script = Object.assign(document.createElement("script"), { src });
   script.onerror = () => (button.onclick = load); // to be asked for again
   button.onclick = null;
   document.head.append(script);
