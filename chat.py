@@ -121,8 +121,24 @@ PIECES = re.compile(  # code blocks, code and links: re.split puts them at the o
 )
 
 
+CLOSE_CODES = {  # what they mean, and whether the page comes back by itself
+    1000: ("you left", "no"),
+    1008: ("you broke a rule, the reason says which", "no"),
+    1009: ("that frame was too large", "no"),
+    1011: ("the server has made a mistake", "yes"),
+    1012: ("the server restarts", "yes"),
+    1013: ("you were too slow or silent, or did not say hello in time", "yes, and resume"),
+    4401: ("this token is not for this room", "no, give a name again"),
+    4403: ("you have been removed, or the room is locked", "no"),
+    4404: ("there is no such room, or it has closed", "no"),
+    4409: ("you opened this chat in another tab", "no, it goes on there"),
+    4503: ("the room or the server is full", "no"),
+}
+app.jinja_env.globals["close_codes"] = CLOSE_CODES
+
+
 class Close(Exception):
-    """Ends a connection. Has a close code (README.md lists them) and a reason for a person."""
+    """Ends a connection. Has one of these codes, and a reason for a person."""
 
 
 class Allowance:
