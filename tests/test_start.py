@@ -1,0 +1,158 @@
+"""Starting, stopping and settings: the program as it is run."""
+
+import asyncio
+import re
+import signal
+import time
+import tomllib
+
+import pytest
+import zxingcpp
+from conftest import hears, is_closed, peer, program
+
+import chat
+from bench.peer import HERE, Server
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+async def test_it_stops_at_once_with_a_hundred_open_sockets_and_says_why(server, number):
+    people = [await peer(server, f"member {n}") for n in range(100)]
+    started = time.monotonic()
+    server.process.send_signal(number)
+    assert [await is_closed(each) for each in people] == [1012] * 100
+    assert await asyncio.to_thread(server.process.wait, 5) == 0
+    assert time.monotonic() - started < 2
+
+
+async def test_it_stops_whatever_a_peer_does(server):
+    ann, dead = await peer(server, "Ann"), await peer(server, "Dead")
+    dead.stop_reading()
+    for number in range(300):
+        ann.send(say="x" * 2000, id=f"x{number}")
+        await hears(ann, f'data-id="x{number}"')
+    started = time.monotonic()
+    server.process.terminate()
+    assert await asyncio.to_thread(server.process.wait, 6) == 0
+    assert time.monotonic() - started < 5
+
+
+BLOCKS = {" ": (0, 0), "▀": (255, 0), "▄": (0, 255), "█": (255, 255)}
+
+
+async def test_a_class_is_shown_the_address_as_a_qr_code():
+    """With --host 0.0.0.0, which here is made to be the loopback all the same."""
+    code = (
+        "import chat, socket, sys; sys.argv += ['--host', '0.0.0.0']; make = socket.create_server;"
+    )
+    code += "socket.create_server = lambda at, **o: make(('127.0.0.1', at[1]), **o); chat.main()"
+    server = Server(code)
+    link = re.search(r"http://\S+", server.process.stdout.readline().decode())[0]
+    rows = []
+    while set(line := server.process.stdout.readline().decode().rstrip("\n")) <= set(BLOCKS):
+        for half in (0, 1):
+            pixels = bytes(BLOCKS[block][half] for block in line for _ in range(4))
+            rows += [pixels] * 4
+        if "▀" * len(line) == line:
+            break
+    image = memoryview(b"".join(rows)).cast("B", (len(rows), len(rows[0])))
+    assert [code.text for code in zxingcpp.read_barcodes(image)] == [link]
+    assert re.search(rf":{server.port}/r/\w{{6}}$", link)
+    server.stop()
+
+
+async def test_a_port_in_use_is_one_sentence(server):
+    code, said = program("--port", str(server.port))
+    assert code == 1
+    assert said == f"Cannot listen on 127.0.0.1, port {server.port}: Address already in use.\n"
+
+
+@pytest.mark.parametrize("arguments", [["--port", "99999"], ["--host", "256.1.1.1"]])
+async def test_an_address_that_cannot_be_is_one_sentence(arguments):
+    code, said = program(*arguments)
+    assert code == 1
+    assert said.startswith("Cannot listen on")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--prot", "1"], ["--port", "http"], ["room"]])
+async def test_a_wrong_option_is_explained(arguments):
+    code, said = program(*arguments)
+    assert code == 2
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("MEMBRES", "40", "CHAT_MEMBRES, in the environment, is not a setting."),
+        ("MEMBERS", "many", "CHAT_MEMBERS has to be a whole number, not 'many'."),
+        ("MEMBERS", "true", "CHAT_MEMBERS has to be a whole number, not 'true'."),
+        ("MEMBERS", "1.5", "CHAT_MEMBERS has to be a whole number, not '1.5'."),
+        ("RATE", "fast", "CHAT_RATE has to be a number, not 'fast'."),
+        ("RATE", "NaN", "CHAT_RATE has to be more than 0, not NaN."),
+        ("BEAT", "0", "CHAT_BEAT has to be more than 0, not 0."),
+        ("SHARE", "inf", "CHAT_SHARE has to be more than 0, not inf."),
+        ("PROXIES", "-1", "CHAT_PROXIES has to be more than 0, not -1."),
+        (
+            "SECRET",
+            "x" * 15,
+            "CHAT_SECRET has to have 16 characters or more, or it can be guessed.",
+        ),
+    ],
+)
+async def test_a_wrong_setting_is_one_sentence(monkeypatch, name, value, why):
+    monkeypatch.setenv(f"CHAT_{name}", value)
+    assert program("--port", "0") == (2, f"{why}\n")
+
+
+async def test_there_are_at_most_twenty_settings():
+    assert len(chat.SETTINGS) <= 20
+
+
+async def test_every_setting_is_explained():
+    code, said = program("--help")
+    assert code == 0
+    for name, (_, what) in chat.SETTINGS.items():
+        assert re.search(rf"CHAT_{name} \(.+\): {re.escape(what)}", said)
+
+
+@pytest.mark.parametrize("package", ["hypercorn", "quart", "wsproto", "h11"])
+async def test_a_version_that_the_guards_do_not_fit_is_not_started(package):
+    code = "import chat, guards; real = guards.version; "
+    code += (
+        f"guards.version = lambda name: '9.9' if name == '{package}' else real(name); chat.main()"
+    )
+    number, said = program("--port", "0", code=code)
+    assert number == 1
+    assert f"guards.py fits {package} " in said
+    assert "Traceback" not in said
+
+
+async def test_an_import_that_has_moved_is_one_sentence():
+    code, said = program(code="import wsproto.events as e; del e.Ping; import chat")
+    assert code == 1
+    assert re.fullmatch(
+        "cannot import name 'Ping' .+ Install the right version: pip install .+\n", said
+    )
+
+
+async def test_a_missing_package_is_one_sentence():
+    code, said = program(code="import sys; sys.modules['quart'] = None; import chat")
+    assert code == 1
+    assert said == "The package quart is missing. Install it: pip install -r requirements.txt\n"
+
+
+async def test_uv_installs_what_pip_does():
+    """By the metadata at the top of chat.py (PEP 723), found as uv finds it."""
+    source = (HERE / "chat.py").read_text()
+    block = re.search(r"(?m)^# /// script\n((?:#(?: .*)?\n)+?)# ///$", source)[1]
+    script = tomllib.loads(re.sub("(?m)^# ?", "", block))
+    requirements = (HERE / "requirements.txt").read_text().splitlines()
+    pins = [line for line in requirements if not line.startswith("#")]
+    assert sorted(script["dependencies"]) == sorted(pins)
+    assert script["requires-python"] == ">=3.11, <3.14"  # as tested, and as the README says
+
+
+async def test_a_setting_in_the_environment_counts():
+    code = "import os; os.environ['CHAT_MEMBERS'] = '40'; import chat, sys; sys.exit(chat.limits['MEMBERS'])"
+    assert program(code=code)[0] == 40
