@@ -1,20 +1,30 @@
+# /// script
+# requires-python = ">=3.11, <3.14"
+# dependencies = [  # as in requirements.txt
+#     "quart==0.22.0", "hypercorn==0.18.0", "wsproto==1.3.2", "h11==0.16.0", "h2==4.4.1",
+#     "werkzeug==3.1.9", "flask==3.1.3", "jinja2==3.1.6", "itsdangerous==2.2.0",
+#     "markupsafe==3.0.4", "segno==1.6.6",
+# ]
+# ///
 """A room chat on WebSockets: rooms, fan-out, delivery and pages, all of it in this file.
 
     pip install -r requirements.txt
     python chat.py                  # then open http://127.0.0.1:8000 in two tabs
 
-The path of a message. Only its two ends await, so that nothing can interleave in the middle:
+The path of a message. Only its two ends await; in the middle are plain functions, so that nothing
+can come in between:
 
-    browser ─frame─▶ receive ─▶ post ─▶ room.pending ─▶ flush ─▶ outboxes ─▶ relay ─frame─▶ browsers
-                     (await)    (def)                (one a room) (queues)  (await)
+    browser ─frame─▶ receive ─▶ post ─▶ room.pending ─▶ hand_out ─▶ outboxes ─▶ relay ─frame─▶ browsers
+                     (await)    (def)                   (def)       (queues)    (await)
 
 The words:
 
     room     people who talk, found by a code such as KWR4TN; gone when the last member has left
     member   one tab in one room: here (has an outbox), reconnecting (has none) or left (forgotten)
+    host     who has been in the room longest: can lock it, and remove somebody
     entry    a line of the log, message or notice; its seq is one more than that of the entry before
     outbox   what one connection still has to be sent; bounded, so that nobody waits for a slow one
-    batch    a list of strings that a flush puts into all outboxes, the same list for all
+    batch    a list of frames that a hand-out puts into all outboxes, the same list for all
     evict    to end a slow consumer's connection; it comes back by itself and resumes
     frame    what a WebSocket carries: JSON from the browser, fragments of HTML to it
 """
@@ -24,6 +34,7 @@ import asyncio
 import io
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -32,13 +43,14 @@ import socket
 import sys
 import time
 import unicodedata
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
 try:
     import segno
@@ -56,70 +68,41 @@ except ImportError as moved:  # something that guards.py needs
 
 # ── Limits ── each can be set in the environment, as in CHAT_MEMBERS=40 python chat.py ───────────
 
-app = Quart(__name__, static_folder=None)
-app.url_map.merge_slashes = False  # or `//` would be answered with a redirect to any Host
-limits = app.config
 SETTINGS = {  # the default, and what it limits
     "MESSAGE_LENGTH": (2_000, "characters of a message"),
-    "MESSAGE_RATE": (2, "messages a second and member; after too many more, 1008"),
-    "MESSAGE_BURST": (10, "messages at once, before that rate counts"),
-    "FRAME_BYTES": (16_384, "bytes of a frame from a browser: 8 for each character of a message"),
-    "FRAME_RATE": (10, "frames of any kind a second and connection; after more, 1008"),
-    "FRAME_BURST": (60, "frames at once, before that rate counts"),
-    "NAME_LENGTH": (24, "characters of a name"),
+    "RATE": (2.0, "frames a second from one member, one more for each KiB; faster is read later"),
+    "BURST": (20, "frames at once, before that rate counts"),
+    "SHARE": (0.25, "seconds a second that one address may keep the server busy; then it waits"),
     "MEMBERS": (250, "members of a room"),
     "SOCKETS": (2_000, "connections in all"),
     "SOCKETS_PER_ADDRESS": (250, "connections, and members, of one address: a class has one"),
     "ROOMS": (1_000, "rooms"),
-    "NEW_ROOM_RATE": (10, "rooms that one address can create in a minute"),
-    "NEW_ROOM_BURST": (30, "rooms at once, before that rate counts"),
-    "WRONG_CODES": (10, "wrong codes in ten minutes from one address"),
-    "WRONG_CODES_IN_ALL": (100, "wrong codes in a minute from all addresses together"),
-    "HISTORY": (200, "entries that a room remembers"),
-    "HISTORY_BYTES": (262_144, "bytes that these entries may take"),
-    "TALK_BYTES": (33_554_432, "bytes of all histories; with many rooms each has its share"),
-    "OUTBOX": (64, "batches that may wait for one slow member; and twice its room's history"),
+    "NEW_ROOMS": (30, "rooms that one address can create at once, and again in ten minutes"),
+    "WRONG_CODES": (60, "wrong codes in ten minutes from one address"),
+    "CODE_LENGTH": (6, "characters of a room code; 8 on the open internet"),
+    "HISTORY": (200, "messages that a room remembers"),
+    "HISTORY_BYTES": (65_536, "bytes that these may take"),
+    "OUTBOX_BYTES": (98_304, "bytes that may wait for one slow member"),
     "FRAMES_PER_SECOND": (12_000, "the pace of a room: frames to all its members together"),
-    "JOIN_DEADLINE": (10, "seconds to say a usable hello"),
-    "BEAT": (20, "seconds from one heartbeat to the next"),
-    "SILENCE": (50, "seconds without a frame until a connection counts as lost"),
-    "GRACE_CLOSED": (5, "seconds to come back after closing the page: a reload is no leaving"),
-    "GRACE_LOST": (120, "seconds to come back after losing the connection: phones freeze tabs"),
-    "UNENTERED": (600, "seconds that a room waits for its first member"),
-    "BODY_BYTES": (16_384, "bytes of an HTTP request's body"),
+    "BEAT": (20.0, "seconds from one heartbeat to the next; silent for 2.5 of them is lost"),
+    "GRACE": (120.0, "seconds to come back after losing the connection: phones freeze tabs"),
     "PROXIES": (0, "proxies in front, whose X-Forwarded-For and -Proto are believed"),
     "ORIGINS": ("", "other origins whose pages may connect, with commas between them"),
-    "SECRET": ("", "signs the tokens; empty: a new one at each start, and nobody can come back"),
+    "SECRET": ("", "signs the tokens, at least 16 characters; empty: a new one at each start"),
 }
-limits.from_mapping({name: default for name, (default, _) in SETTINGS.items()})
-limits.from_prefixed_env("CHAT")
-for name in ("ORIGINS", "SECRET"):  # as they are, and not as JSON
-    limits[name] = os.environ.get(f"CHAT_{name}", "")
-limits["SECRET"] = limits["SECRET"] or secrets.token_hex()
-limits["MAX_CONTENT_LENGTH"] = limits["BODY_BYTES"]  # what Quart calls it
-limits["BODY_TIMEOUT"] = limits["JOIN_DEADLINE"]
-
-files = guards.read_files(Path(__file__).parent / "static")
-app.jinja_env.globals["static"] = lambda name: f"/static/{name}?v={files[name].version}"
-
-log = logging.getLogger("chat")  # closes, limits reached, errors; no message, name, code or token
-RUN = secrets.token_hex(4)  # this run of the program; a token that names another is older
+JOIN_DEADLINE = 10  # seconds to say a usable hello
+GRACE_CLOSED = 5  # seconds to come back after closing the page: a reload is no leaving
+UNENTERED = 600  # seconds that a room waits for its first member
 ALPHABET = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # of room codes, which are read out: no 0 O 1 I L
-CODE = re.compile(f"[{ALPHABET}]{{6}}")
 ID = re.compile("[A-Za-z0-9_-]{1,64}")
-IDS_REMEMBERED = 128  # in a room, and 64 more a member: our page has one unconfirmed at a time
-# Characters of a frame to browsers, about. A stuck line holds one, so that they are bounded; one that
-# goes to all members is held only once, and may be larger: few large frames are fast.
-FRAME_SIZE, FRAME_SIZE_FOR_ALL = 32_768, 131_072
-# Never shown: control characters, and overrides of the writing direction. In names also refused:
-# letters that look like nothing, and joiners but for those inside 👩‍🚀 or a Persian word.
-HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-BLANK = re.compile("[\u3164\u115f\u1160\uffa0\u2800\u034f\u17b4\u17b5\ufffc\U00016fe4\U0001d159]")
-JOINER = re.compile("(?<=[^\x00-\x7f])[\u200c\u200d](?=[^\x00-\x7f])")
-PIECES = re.compile(  # code blocks, code and links: re.split puts them at the odd indices
-    r"""(```.*?```\n?|`[^`\n]+`|https?://[^\s<>"]*[^\s<>"'.,;:!?)\]}])""", re.DOTALL
-)
-
+NOTICES_REMEMBERED = 30  # of a room: who has joined, and who has left
+IDS_REMEMBERED = 128  # of each member; our page has one unconfirmed at a time
+# Characters of a frame to browsers. A stuck line holds one of its own, or one of those that go to
+# all members and are held only once: these may be larger, and few large frames are fast.
+FRAME_SIZE, FRAME_SIZE_FOR_ALL = 16_384, 131_072
+FRAME_UNIT = 262_144  # a frame of so many characters takes twice as long to send as a short one
+OUTBOXES_AT_ONCE = 50  # to send to so many takes about 5 ms
+PENDING_BYTES = 114_688  # while more waits in a room for its hand-out, its senders are not read
 
 CLOSE_CODES = {  # what they mean, and whether the page comes back by itself
     1000: ("you left", "no"),
@@ -127,70 +110,129 @@ CLOSE_CODES = {  # what they mean, and whether the page comes back by itself
     1009: ("that frame was too large", "no"),
     1011: ("the server has made a mistake", "yes"),
     1012: ("the server restarts", "yes"),
-    1013: ("you were too slow or silent, or did not say hello in time", "yes, and resume"),
+    1013: (
+        "you were too slow or silent or late with hello, or it is full for now",
+        "yes, and resume",
+    ),
     4401: ("this token is not for this room", "no, give a name again"),
     4403: ("you have been removed, or the room is locked", "no"),
     4404: ("there is no such room, or it has closed", "no"),
     4409: ("you opened this chat in another tab", "no, it goes on there"),
     4503: ("the room or the server is full", "no"),
 }
-app.jinja_env.globals["close_codes"] = CLOSE_CODES
 
 
 class Close(Exception):
     """Ends a connection. Has one of these codes, and a reason for a person."""
 
+    def __init__(self, code: int, reason: str):
+        super().__init__(code, reason)
+        self.code, self.reason = code, reason
+        self.comes_back = CLOSE_CODES[code][1].startswith("yes")
+
+
+class Chat(Quart):
+    async def handle_request(self, request):
+        """Answer a request when it is the turn of its address; see Share."""
+        async with turn(address(request)):
+            return await super().handle_request(request)
+
+
+app = Chat(__name__, static_folder=None)
+app.url_map.merge_slashes = False  # or `//` would be answered with a redirect to any Host
+limits = app.config
+limits["NETWORK"] = (
+    ""  # where others reach us, as in http://192.168.1.5:8000, if main listens to all
+)
+
+
+def read_settings() -> None:
+    """Take the settings from the environment; ValueError says which is not one, or cannot be."""
+    for variable in os.environ:
+        if variable.startswith("CHAT_") and variable.removeprefix("CHAT_") not in SETTINGS:
+            raise ValueError(f"{variable}, in the environment, is not a setting.")
+    for name, (default, _) in SETTINGS.items():
+        told = os.environ.get(f"CHAT_{name}", default)
+        try:
+            limits[name] = type(default)(told)
+        except ValueError:
+            kind = "a whole number" if type(default) is int else "a number"
+            raise ValueError(f"CHAT_{name} has to be {kind}, not {told!r}.") from None
+        if default != "" and not (0 < limits[name] < math.inf or limits[name] == default):
+            raise ValueError(f"CHAT_{name} has to be more than 0, not {told}.")
+    if 0 < len(limits["SECRET"]) < 16:
+        raise ValueError("CHAT_SECRET has to have 16 characters or more, or it can be guessed.")
+    limits["SECRET"] = limits["SECRET"] or secrets.token_hex()
+
+
+try:
+    read_settings()
+except ValueError as why:
+    print(why, file=sys.stderr)
+    sys.exit(2)
+
 
 class Allowance:
-    """Counts events: so many at once as `burst` says, then `rate` a second.
-
-    This is the token bucket: it fills by the rate, and every event takes one out.
-    """
-
-    __slots__ = "burst", "checked", "rate", "tokens"
+    """A token bucket: `burst` tokens at most, and `rate` new ones a second."""
 
     def __init__(self, rate: float, burst: float):
         self.rate, self.burst = rate, burst
         self.tokens, self.checked = burst, time.monotonic()
 
-    def has(self) -> bool:
+    def left(self) -> float:
         now = time.monotonic()
         self.tokens = min(self.burst, self.tokens + (now - self.checked) * self.rate)
         self.checked = now
-        return self.tokens >= 1
+        return self.tokens
 
     def take(self) -> bool:
-        allowed = self.has()
-        self.tokens -= allowed
-        return allowed
+        """Take a token, if there is one: for what is refused when there is none."""
+        if self.left() < 1:
+            return False
+        self.tokens -= 1
+        return True
+
+    def spend(self, tokens: float) -> float:
+        """Take tokens, also on credit; return the seconds until that is paid, for who has to wait."""
+        self.tokens = self.left() - tokens
+        return max(0, -self.tokens / self.rate)
 
 
-def allowance(limit: str, seconds: float = 1) -> Allowance:
-    """Return the allowance of a limit that has a BURST, and a RATE for so many seconds."""
-    return Allowance(limits[f"{limit}_RATE"] / seconds, limits[f"{limit}_BURST"])
-
-
-# ── State ── all of it; only the functions of the next part change it ────────────────────────────
+# ── State ── rooms and outboxes ──────────────────────────────────────────────────────────────────
 
 
 class Outbox(asyncio.Queue):
-    """Batches, which are lists of strings. Full by number, and by what their strings take."""
+    """What one connection still has to be sent: batches, and a Close, with which it ends."""
 
-    def __init__(self):
-        super().__init__(limits["OUTBOX"])
+    def __init__(self, address: str):
+        super().__init__()
+        self.address = address
+        self.bytes = 0  # of the batches that wait
+        self.heard = math.inf  # since when we wait for a frame; inf: it is we who do not read
+        self.room: Room | None = None  # both are set by enter
+        self.member: Member | None = None
+
+    def add(self, batch: list[str], size: int) -> bool:
+        """Take a batch of so many bytes, unless it would be too much with what waits already."""
+        if self.bytes and self.bytes + size > limits["OUTBOX_BYTES"]:
+            return False
+        self.bytes += size
+        self.put_nowait((batch, size))
+        return True
+
+    def hang_up(self, close: Close) -> None:
+        """Have the relay end the connection, after what waits."""
+        self.put_nowait((close, 0))
+
+    def clear(self) -> None:
+        while not self.empty():
+            self.get_nowait()
         self.bytes = 0
 
-    def _put(self, batch: list) -> None:
-        self.bytes += sum(map(sys.getsizeof, batch))
-        super()._put(batch)
-
-    def _get(self) -> list:
-        batch = super()._get()
-        self.bytes -= sum(map(sys.getsizeof, batch))
-        return batch
-
-    def full(self) -> bool:
-        return super().full() or self.bytes > 2 * share()
+    async def take(self) -> list[str] | Close:
+        item, size = await self.get()
+        self.bytes -= size
+        return item
 
 
 @dataclass(eq=False, slots=True)
@@ -199,128 +241,54 @@ class Member:
     name: str
     token: str  # proves, after a lost connection or a restart, that this is the same member
     address: str
+    hue: int  # of its name, 0 to 15: the least used in its room
     outbox: Outbox | None = None  # None while reconnecting
-    skip: int = 0  # so many of room.pending are in the snapshot that it was given
     grace: asyncio.TimerHandle | None = None  # runs while reconnecting
-    messages: Allowance = field(default_factory=lambda: allowance("MESSAGE"))
-    refusals: Allowance = field(default_factory=lambda: allowance("MESSAGE"))
+    frames: Allowance = field(default_factory=lambda: Allowance(limits["RATE"], limits["BURST"]))
+    posted: deque[int] = field(default_factory=lambda: deque(maxlen=IDS_REMEMBERED))  # ids, hashed
 
 
 @dataclass(eq=False, slots=True)
 class Room:
     code: str
-    unentered: asyncio.TimerHandle  # closes the room unless somebody enters
+    birth: int  # in milliseconds; stands in the tokens: opened again later it is another room
     seq: int  # of the latest entry
-    members: dict[str, Member] = field(default_factory=dict)
-    history: deque[tuple[int, str]] = field(default_factory=deque)
+    forgotten: int  # seq of the latest message that is no longer in the history
+    unentered: asyncio.TimerHandle  # closes the room unless somebody enters
+    creator: str = ""  # address of who has opened it
+    members: dict[str, Member] = field(default_factory=dict)  # the first is the host
+    history: deque[tuple[int, str]] = field(default_factory=deque)  # messages with their seqs
     history_bytes: int = 0
-    pending: list[str] = field(default_factory=list)  # posted, but in no outbox yet
-    posted: OrderedDict = field(default_factory=OrderedDict)  # hashes of (member, id), oldest first
-    typing: set[Member] = field(default_factory=set)  # since the last flush
-    presence_changed: bool = False
-    presence_due: float = 0  # not before; the list goes to all and names all, so it has a pace too
-    flushing: asyncio.Task | None = None
+    notices: deque[tuple[int, str]] = field(  # kept apart, so that they push no message out
+        default_factory=lambda: deque(maxlen=NOTICES_REMEMBERED)
+    )
+    pending: list[str] = field(default_factory=list)  # entries that are in no outbox yet
+    pending_bytes: int = 0
+    entering: dict[Member, tuple] = field(default_factory=dict)  # who waits for a snapshot
+    typing: set[Member] = field(default_factory=set)  # since the last hand-out
+    presence_pending: bool = False
+    presence_timer: asyncio.TimerHandle | None = None
+    timer: asyncio.TimerHandle | None = None  # of the next hand-out; None: the room is idle
+    locked: bool = False
+    removed: set[str] = field(default_factory=set)  # ids of members who may not come back
 
 
 rooms: dict[str, Room] = {}
+outboxes: dict[Outbox, None] = {}  # of all connections, joined or not, the oldest first
 closed: deque[str] = deque(maxlen=1_000)  # codes of the rooms that have closed, the latest last
-outboxes: set[Outbox] = set()  # of all connections, joined or not
-sockets: Counter[str] = Counter()  # connections by address
-held: Counter[str] = Counter()  # members by address, those who are reconnecting included
 stopping = asyncio.Event()
 
 # Fragments are rendered where nothing may await, so by a template engine that does not.
 fragments = app.jinja_env.overlay(enable_async=False).get_template("fragments.html").module
 
+
+def later(seconds: float, call, *arguments) -> asyncio.TimerHandle:
+    return asyncio.get_running_loop().call_later(seconds, call, *arguments)
+
+
 # ── Fan-out ──────────────────────────────────────────────────────────────────────────────────────
-# One event loop runs everything, and it changes from one task to another only at an await. Between
-# two awaits nothing can interleave, so a plain function is a transaction and needs no lock.
-
-
-def open_room(code: str) -> Room:
-    """Open a room; Close 4503 if there are too many.
-
-    Its numbers start from the clock, in milliseconds: opened again after a restart it goes on
-    above its old numbers, so that an old cursor is never mistaken for a new one.
-    """
-    if len(rooms) >= limits["ROOMS"]:
-        raise Close(4503, "There are too many rooms. Try again later.")
-    unentered = asyncio.get_running_loop().call_later(limits["UNENTERED"], close_room, code)
-    room = rooms[code] = Room(code, unentered, seq=time.time_ns() // 1_000_000)
-    return room
-
-
-def close_room(code: str) -> None:
-    del rooms[code]
-    closed.append(code)
-
-
-def enter(room: Room, member: Member, outbox: Outbox, after: int) -> None:
-    """Connect a member, and hand it what was said since the entry `after` (0: all that we have).
-
-    Snapshot and subscription are one step: with an await between the two, an entry posted in
-    that moment would be in neither, or in both.
-    """
-    room.unentered.cancel()
-    if member.grace:
-        member.grace.cancel()
-    if member.outbox:
-        hang_up(member.outbox, Close(4409, "You opened this chat in another tab."))
-    room.members[member.id] = member
-    member.outbox, member.skip = outbox, len(room.pending)
-
-    oldest = room.history[0][0] if room.history else room.seq + 1
-    hole = after != 0 and not oldest - 1 <= after <= room.seq
-    gap = [fragments.gap(seq=oldest - 1)] if hole else []
-    missed = [entry for seq, entry in room.history if seq > after or hole]
-    outbox.put_nowait([fragments.welcome(member), *gap, *missed])
-    wake(room, presence=True)
-
-
-def lose(room: Room, member: Member, outbox: Outbox, grace: float) -> None:
-    """Note that a connection has ended: its member leaves, unless it is back in `grace` seconds."""
-    if member.outbox is not outbox:
-        return  # it has another one by now
-    member.outbox = None
-    member.grace = asyncio.get_running_loop().call_later(grace, leave, room, member)
-    wake(room, presence=True)
-
-
-def leave(room: Room, member: Member) -> None:
-    """Take a member out of its room, and forget the room with the last one."""
-    member.outbox = None
-    room.typing.discard(member)
-    del room.members[member.id]
-    held[member.address] -= 1
-    if not held[member.address]:
-        del held[member.address]
-    post(room, fragments.notice, text=f"{member.name} left")
-    wake(room, presence=True)
-    if not room.members:
-        close_room(room.code)
-
-
-def say(room: Room, member: Member, id: str, text: str) -> None:
-    """Post what a member says, once, or tell it why not; Close 1008 if it does not stop."""
-    if not stacked(text):
-        text = unicodedata.normalize("NFC", text)
-    text = HIDDEN.sub("", text.replace("\r\n", "\n")).strip("\n")
-    key = hash((member.id, id))  # 8 bytes to remember, and other ones in each run
-    if key in room.posted:
-        verdict, why = "confirmed", ""  # sent again, because the echo had not reached it
-    elif not text.strip() or len(text) > limits["MESSAGE_LENGTH"]:
-        verdict, why = "refused", f"A message has 1 to {limits['MESSAGE_LENGTH']} characters."
-    elif member.messages.take():
-        room.posted[key] = None
-        if len(room.posted) > IDS_REMEMBERED + 64 * len(room.members):
-            room.posted.popitem(last=False)
-        room.typing.discard(member)
-        return post(room, fragments.message, member=member, id=id, pieces=PIECES.split(text))
-    else:
-        verdict, why = "later", "You are too fast. Your message is sent again in a moment."
-    if verdict != "confirmed" and not member.refusals.take():
-        raise Close(1008, "You sent too many messages.")
-    deliver(room, member, [fragments.verdict(id, verdict, why)])
+# One event loop runs everything, and it changes from one task to another only at an await. These
+# functions have none, so each of them happens as a whole, and none of them needs a lock.
 
 
 def post(room: Room, fragment, **values) -> None:
@@ -328,55 +296,86 @@ def post(room: Room, fragment, **values) -> None:
     room.seq += 1
     now = datetime.now(UTC).isoformat(timespec="seconds")
     entry = str(fragment(seq=room.seq, time=now, **values))
-    room.history.append((room.seq, entry))
-    room.history_bytes += sys.getsizeof(entry)
-    trim(room)
+    if fragment is fragments.notice:
+        room.notices.append((room.seq, entry))
+    else:
+        room.history.append((room.seq, entry))
+        room.history_bytes += sys.getsizeof(entry)
+        trim(room)
     room.pending.append(entry)
+    room.pending_bytes += sys.getsizeof(entry)
     wake(room)
 
 
-def share() -> int:
-    """Return how many bytes a room's history may take: the more rooms there are, the fewer."""
-    return min(limits["HISTORY_BYTES"], limits["TALK_BYTES"] // max(1, len(rooms)))
-
-
 def trim(room: Room) -> None:
-    """Forget the oldest entries of a room that has too many."""
-    while len(room.history) > limits["HISTORY"] or room.history_bytes > share():
-        room.history_bytes -= sys.getsizeof(room.history.popleft()[1])
+    """Forget the oldest messages of a room that has too many; but not the only one."""
+    while len(room.history) > limits["HISTORY"] or (
+        room.history_bytes > limits["HISTORY_BYTES"] and len(room.history) > 1
+    ):
+        room.forgotten, entry = room.history.popleft()
+        room.history_bytes -= sys.getsizeof(entry)
 
 
-def wake(room: Room, presence: bool = False) -> None:
-    """Make sure that a flush runs, and takes the list of members along if that has changed."""
-    room.presence_changed |= presence
-    if not room.flushing or room.flushing.done():
-        room.flushing = asyncio.create_task(flush(room))
+def wake(room: Room) -> None:
+    """Have a hand-out soon: if the room rests, its timer will do it; if not, the loop's next turn.
 
-
-async def flush(room: Room) -> None:
-    """Hand all that is pending to all members as one frame, and again while there is something.
-
-    In between it pauses for as long as sending to so many takes. An idle room thus sends at once;
-    a busy one sends fewer and larger frames instead of falling behind, because a frame costs a
-    wake-up and a system call, however much is in it.
+    Not at once, so that ten messages that arrive together go out together.
     """
-    while room.pending or room.presence_changed or room.typing:
-        pending, room.pending = room.pending, []
-        presence, now = "", time.monotonic()
-        if room.presence_changed and now >= room.presence_due:
-            presence = str(fragments.presence(room.members.values()))
-            room.presence_changed, room.presence_due = False, now + len(room.members) / 500
-        # Who is typing is news for a moment only: neither numbered nor remembered. Three are a crowd.
-        typing = str(fragments.typing(list(room.typing)[:3])) if room.typing else ""
-        room.typing.clear()
-        news = [*pending, *filter(None, (presence, typing))]
-        batch = list(in_frames(news, FRAME_SIZE_FOR_ALL))
+    if not room.timer:
+        room.timer = later(0, hand_out, room)
+
+
+def hand_out(room: Room) -> None:
+    """Put all that is pending into all outboxes; then rest for as long as sending it takes.
+
+    An idle room thus sends at once. A busy one sends fewer and larger frames instead of falling
+    behind, because a frame costs a wake-up and a system call, however little is in it.
+    """
+    room.timer = None
+    try:
+        batch = list(in_frames(take_pending(room), FRAME_SIZE_FOR_ALL))
+        members, entering, room.entering = list(room.members.values()), room.entering, {}
+        for member, (after, restarted) in entering.items():
+            give_snapshot(room, member, after, restarted)
+        if batch:
+            here = [m.outbox for m in members if m.outbox and m not in entering]
+            frames = sum(1 + len(frame) / FRAME_UNIT for frame in batch) * len(here)
+            deliver(room, batch, here, rest=frames / limits["FRAMES_PER_SECOND"])
+    except Exception:  # some may have it now, and others not: all of them resume
+        log.exception("A hand-out failed")
         for member in list(room.members.values()):
-            rest = news[member.skip :] if member.skip else batch
-            member.skip = 0
-            deliver(room, member, rest)
-        frames = max(1, len(batch)) * len(room.members)
-        await asyncio.sleep(frames / limits["FRAMES_PER_SECOND"])
+            evict(member, "The server has made a mistake. Come back and resume.")
+
+
+def deliver(room: Room, batch: list[str], receivers: list[Outbox], rest: float) -> None:
+    """Put a batch into outboxes, a few in each turn of the loop, so that other rooms get theirs.
+
+    If one is full, evict its member rather than wait: waiting would make the room as slow as its
+    slowest member, and without a bound one dead phone would eat the memory.
+    """
+    now, later_on = receivers[:OUTBOXES_AT_ONCE], receivers[OUTBOXES_AT_ONCE:]
+    # Before it delivers, because to deliver can be to evict, and that is news.
+    if later_on:
+        room.timer = later(0, deliver, room, batch, later_on, rest)
+    else:
+        room.timer = later(rest, hand_out, room)
+    size = sum(map(sys.getsizeof, batch))
+    for outbox in now:
+        if not outbox.add(batch, size) and outbox.member.outbox is outbox:
+            evict(outbox.member, "You were too slow. Come back and resume.")
+
+
+def take_pending(room: Room) -> list[str]:
+    """Return the entries that wait, the list of members if it has changed, and who is typing."""
+    news, room.pending, room.pending_bytes = room.pending, [], 0
+    members = list(room.members.values())
+    if room.presence_pending and members:
+        news.append(str(fragments.presence(members, members[0], room.locked)))
+    if room.typing:  # news for a moment only: neither numbered nor remembered. Four are a crowd
+        news.append(str(fragments.typing(list(room.typing)[:4])))
+    room.presence_pending = False
+    room.typing.clear()
+    return news
 
 
 def in_frames(strings: list[str], most: int) -> Iterator[str]:
@@ -392,26 +391,105 @@ def in_frames(strings: list[str], most: int) -> Iterator[str]:
         yield "".join(frame)
 
 
-def deliver(room: Room, member: Member, batch: list[str]) -> None:
-    """Put a batch in a member's outbox; if that is full, evict the member rather than wait.
+def give_snapshot(room: Room, member: Member, after: int, restarted: bool) -> None:
+    """Hand a member what was said since the entry `after`; 0: all that we have.
 
-    Waiting would make the room as slow as its slowest member, and without a bound one dead phone
-    would eat the memory. Who is evicted comes back and resumes from the history.
+    In a hand-out, when nothing is pending any more: what was said until now is in the history, and
+    what is said from now on comes with the next one. With an await between the two, an entry
+    posted in that moment would be in neither.
     """
-    try:
-        if member.outbox and batch:
-            member.outbox.put_nowait(batch)
-    except asyncio.QueueFull:
-        hang_up(member.outbox, Close(1013, "You were too slow. Come back and resume."))
-        lose(room, member, member.outbox, limits["GRACE_LOST"])
+    hole = after != 0 and not room.forgotten <= after <= room.seq
+    gap = [str(fragments.gap(room.forgotten, restarted))] if hole else []
+    entries = sorted([*room.history, *room.notices])
+    missed = [entry for seq, entry in entries if seq > after or hole]
+    snapshot = in_frames([str(fragments.welcome(member)), *gap, *missed], FRAME_SIZE)
+    if member.outbox:
+        member.outbox.add(list(snapshot), 0)  # not counted, or a long history would evict it
 
 
-def hang_up(outbox: Outbox, close: Close) -> None:
-    """Have the relay of this outbox end its connection, after what waits or, if it is full, at once."""
-    if outbox.full():
-        while not outbox.empty():  # all of it: a hole in the middle would be taken for the whole
-            outbox.get_nowait()
-    outbox.put_nowait([close])
+def evict(member: Member, why: str) -> None:
+    """End a connection that has missed something; its member comes back, and resumes."""
+    if outbox := member.outbox:
+        outbox.clear()  # all of it: a hole in the middle would be taken for the whole
+        outbox.hang_up(Close(1013, why))
+        lose(outbox, limits["GRACE"])
+
+
+def show_presence(room: Room) -> None:
+    """Have the list of members shown soon: it goes to all and names all, so it has its own pace."""
+    if not room.presence_timer:
+        room.presence_timer = later(len(room.members) / 500, presence_is_due, room)
+
+
+def presence_is_due(room: Room) -> None:
+    room.presence_timer = None
+    room.presence_pending = True
+    wake(room)
+
+
+def open_room(code: str, birth: int = 0) -> Room:
+    """Open a room, or open one again that was born in another run; Close 4503 if there are too many.
+
+    Its numbers start from the clock, in milliseconds: opened again after a restart it goes on
+    above its old numbers, so that an old cursor is never mistaken for a new one.
+    """
+    if len(rooms) >= limits["ROOMS"]:  # the oldest that nobody has entered makes way
+        unentered = next((room for room in rooms.values() if not room.members), None)
+        if not unentered:
+            raise Close(4503, "There are too many rooms. Try again later.")
+        close_room(unentered)
+    seq = time.time_ns() // 1_000_000
+    room = rooms[code] = Room(
+        code, birth or seq, seq, seq, later(UNENTERED, lambda: close_room(room))
+    )
+    return room
+
+
+def close_room(room: Room) -> None:
+    for timer in (room.unentered, room.timer, room.presence_timer):
+        if timer:
+            timer.cancel()
+    room.timer = None
+    del rooms[room.code]
+    closed.append(room.code)
+
+
+def enter(room: Room, member: Member, outbox: Outbox, after: int, restarted: bool) -> None:
+    """Connect a member, which is to be handed what was said since the entry `after`."""
+    room.unentered.cancel()
+    if member.grace:
+        member.grace.cancel()
+    if member.outbox:
+        member.outbox.hang_up(Close(4409, "You opened this chat in another tab."))
+    room.members[member.id] = member
+    member.outbox, outbox.room, outbox.member = outbox, room, member
+    room.entering[member] = after, restarted
+    wake(room)
+    show_presence(room)
+
+
+def lose(outbox: Outbox, grace: float) -> None:
+    """Note that a connection has ended: its member leaves, unless it is back in `grace` seconds."""
+    room, member = outbox.room, outbox.member
+    if not member or member.outbox is not outbox:
+        return  # never joined, or has another connection by now
+    member.outbox = None
+    if not grace:
+        return leave(room, member, "left")
+    member.grace = later(grace, leave, room, member, "left")
+    show_presence(room)
+
+
+def leave(room: Room, member: Member, what: str) -> None:
+    """Take a member out of its room, and forget the room with the last one."""
+    if member.grace:
+        member.grace.cancel()
+    room.typing.discard(member)
+    del room.members[member.id]
+    post(room, fragments.notice, name=member.name, what=what)
+    show_presence(room)
+    if not room.members:
+        close_room(room)
 
 
 # ── The WebSocket ────────────────────────────────────────────────────────────────────────────────
@@ -421,33 +499,25 @@ def hang_up(outbox: Outbox, close: Close) -> None:
 async def connection(code: str) -> None:
     """Serve one connection: receive and relay side by side, until one of them raises Close.
 
-    In a TaskGroup, which ends the one when the other ends: a member that can still hear but no
-    longer speak is worse than one that is gone.
+    In a TaskGroup, in which an exception of the one ends the other: a member that can still hear
+    but no longer speak is worse than one that is gone.
     """
     ws = websocket._get_current_object()  # what `websocket` stands for, looked up once
-    if not guards.same_origin():
-        log_limit("ORIGINS")
+    if not same_origin():
+        note("CHAT_ORIGINS: a page of another site has tried to connect")
         return "This page may not connect here.", 403
     end = Close(1011, "The server has made a mistake.")
-    address = guards.address()
+    outbox = Outbox(address(ws))
     await ws.accept()  # even to say no: a browser shows the code of a close, but not of a refusal
-    outbox = Outbox()
-    outboxes.add(outbox)
-    sockets[address] += 1
+    outboxes[outbox] = None
+    make_way(outbox)
     try:
-        if stopping.is_set():
-            raise Close(1012, "The server restarts.")
-        if len(outboxes) > limits["SOCKETS"]:
-            raise Close(4503, "This server is full. Try again later.")
-        if sockets[address] > limits["SOCKETS_PER_ADDRESS"]:
-            log_limit("SOCKETS_PER_ADDRESS")
-            raise Close(4503, "There are too many connections from your network.")
         async with asyncio.TaskGroup() as both:
             both.create_task(relay(outbox, ws))
             both.create_task(receive(code, outbox, ws))
     except* Close as closes:
         end = closes.exceptions[0]
-        log.info("Closed with %s: %s", *end.args)
+        note(f"Closed with {end.code}: {end.reason}")
     except* OSError:
         pass  # the network has given up
     except* Exception as errors:
@@ -455,318 +525,495 @@ async def connection(code: str) -> None:
     finally:
         try:
             # Always with a code: without, it would be 1000, and nobody would come back.
-            await ws.close(*end.args)
+            await ws.close(end.code, end.reason)
         except OSError:
             pass  # the network has given up
         finally:
-            outboxes.discard(outbox)
-            sockets[address] -= 1
-            if not sockets[address]:
-                del sockets[address]
+            outboxes.pop(outbox, None)
+
+
+def same_origin() -> bool:
+    """Whether the page that opens this WebSocket is ours, or listed in CHAT_ORIGINS.
+
+    Without, every page on the internet could do so from its visitors' browsers. A page cannot
+    choose its Origin; a program has to send one, too.
+    """
+    allowed = limits["ORIGINS"].replace(",", " ").split()
+    if host := websocket.headers.get("Host"):
+        allowed.append(f"{guards.scheme(websocket, limits['PROXIES'])}://{host}")
+    origin = guards.plain_origin(websocket.headers.get("Origin", ""))
+    return origin in map(guards.plain_origin, allowed)
 
 
 async def relay(outbox: Outbox, ws) -> None:
-    """Carry batches from the outbox to the socket, as long as the connection lasts."""
+    """Carry batches from the outbox to the socket, until there is a Close instead."""
     while True:
-        await carry(await outbox.get(), outbox, ws)
-
-
-async def carry(waiting: list, outbox: Outbox, ws) -> None:
-    """Send a batch, and with it a few that have piled up; then raise Close, if there is one.
-
-    A function of its own, so that its variables go with it: an idle relay must not keep what it has
-    sent last. With a thousand connections that was 0.5 GB.
-    """
-    while not outbox.empty() and sum(map(sys.getsizeof, waiting)) < FRAME_SIZE:
-        waiting = waiting + outbox.get_nowait()
-    news = [item for item in waiting if isinstance(item, str)]
-    for frame in in_frames(news, FRAME_SIZE):
-        await ws.send(frame)
-    for close in waiting:
-        if isinstance(close, Close):
-            raise close
+        batch = await outbox.take()
+        if isinstance(batch, Close):
+            raise batch
+        for frame in batch:
+            await ws.send(frame)
+        batch = frame = None  # or an idle relay keeps them: half a gigabyte with 1,000 members
 
 
 async def receive(code: str, outbox: Outbox, ws) -> None:
     """Read frames and act on them: a hello, then the rest, until the connection ends."""
-    frames = allowance("FRAME")
+    grace = limits["GRACE"]
     try:
-        async with asyncio.timeout(limits["JOIN_DEADLINE"]):
-            room, member = await hello(code, outbox, ws, frames)
-    except TimeoutError:
-        raise Close(1008, "You did not say hello in time.") from None
-    grace = limits["GRACE_LOST"]
-    try:
-        async with asyncio.timeout(limits["SILENCE"]) as silence:
-            while True:
-                frame = None  # while it waits for the next one it must not keep the last one
-                frame = await next_frame(ws, frames)
-                later = asyncio.get_running_loop().time() + limits["SILENCE"]
-                if silence.when() < later - limits["SILENCE"] / 10:  # not for each frame: it costs
-                    silence.reschedule(later)
-                grace = limits["GRACE_LOST"]
-                if member.outbox is not outbox:
-                    continue  # evicted or taken over: it will be said again on the next connection
-                match frame:
-                    case {"say": str(text), "id": str(id)} if ID.fullmatch(id):
-                        say(room, member, id, text)
-                    case {"typing": True}:
-                        room.typing.add(member)
-                        wake(room)
-                    case {"here": int()}:
-                        pass  # that it came is enough: the silence is over
-                    case {"bye": True}:
-                        grace = limits["GRACE_CLOSED"]
-                    case {"leave": True}:
-                        raise Close(1000, "You left the room.")
-                    case _:
-                        raise Close(1008, "That is not a frame of this chat.")
-    except TimeoutError:
-        raise Close(1013, "You were silent for too long. Come back and resume.") from None
-    except Close:  # left, or broke a rule: nobody who comes back
-        if member.outbox is outbox:
-            leave(room, member)
+        try:
+            async with asyncio.timeout(JOIN_DEADLINE):
+                await hello(code, outbox, ws)
+        except TimeoutError:
+            raise Close(1013, "You did not say hello in time.") from None
+        room, member = outbox.room, outbox.member
+        while True:
+            frame = None  # while it waits for the next one it must not keep the last one
+            frame = await next_frame(outbox, ws, member.frames)
+            while room.pending_bytes > PENDING_BYTES and room.timer:  # all are read more slowly
+                await asyncio.sleep(room.timer.when() - asyncio.get_running_loop().time())
+            async with turn(outbox.address):
+                if (
+                    member.outbox is outbox
+                ):  # or evicted: what was said will be said again on the next one
+                    act(room, member, frame)
+            grace = GRACE_CLOSED if "bye" in frame else limits["GRACE"]
+    except Close as close:
+        if not close.comes_back:
+            grace = 0
         raise
     finally:
-        lose(room, member, outbox, grace)
+        lose(outbox, grace)
 
 
-async def hello(code: str, outbox: Outbox, ws, frames: Allowance) -> tuple[Room, Member]:
+async def hello(code: str, outbox: Outbox, ws) -> None:
     """Wait for a hello that can be used; after an unusable name there may be another."""
-    while True:
-        frame = await next_frame(ws, frames)
-        try:
-            return admit(code, frame, outbox)
-        except ValueError as why:
-            outbox.put_nowait([fragments.unusable(why)])
+    frames = Allowance(limits["RATE"], limits["BURST"])
+    while not outbox.member:
+        frame = await next_frame(outbox, ws, frames)
+        async with turn(outbox.address):
+            if outbox not in outboxes:
+                raise Close(1013, "You had to make way. Come back.")
+            match frame:
+                case {"hello": {"name": str(name)}}:
+                    try:
+                        join(code, name, outbox)
+                    except ValueError as why:
+                        outbox.add([str(fragments.unusable(why))], 0)
+                case {"hello": {"token": str(token), "after": int(after)}}:
+                    come_back(code, token, after, outbox)
+                case _:
+                    raise Close(1008, "The first frame has to be a hello.")
 
 
-def admit(code: str, frame: dict, outbox: Outbox) -> tuple[Room, Member]:
-    """Enter whoever says hello, somebody new or somebody who was here, even before a restart.
+async def next_frame(outbox: Outbox, ws, frames: Allowance) -> dict:
+    """Return the next frame, an object with one verb; Close 1008 or 1009 if it is anything else.
 
-    ValueError says why a name cannot be used. Close: 4404 no such room, 4401 not a token of this
-    room, 4503 full, 1008 not a hello.
+    Who sends too much is not told so, but read more slowly: what we do not read fills the buffers
+    on the way, and then TCP has the sender wait. That is backpressure.
     """
-    signer = URLSafeSerializer(limits["SECRET"], salt="member")
-    match frame:
-        case {"hello": {"name": str(raw)}}:
-            run, id, name, after = RUN, secrets.token_hex(8), usable_name(raw), 0
-            room = find_room(code)
-        case {"hello": {"token": str(token), "after": int(after)}}:
-            try:
-                home, run, id, name, _ = signer.loads(token)
-            except BadSignature:
-                home = None  # no longer ours after a restart without CHAT_SECRET
-            if home != code:  # the same whether there is such a room or not: nothing to guess from
-                raise Close(4401, "You were not in this room. Give your name again.")
-            room = rooms.get(code)
-            if not room and run != RUN and code not in closed:
-                room = open_room(code)  # nobody has left it: it was a restart
-        case _:
-            raise Close(1008, "The first frame has to be a hello.")
-    if not room:
-        raise Close(4404, "There is no such room, or it has closed.")
-    member = room.members.get(id)
-    if not member:
-        address = guards.address()
-        check_space(room, address)
-        name = unlike_others(name, room)
-        secret = secrets.token_hex(16)  # 128 bits that only this member knows
-        member = Member(id, name, signer.dumps([code, RUN, id, name, secret]), address)
-        held[address] += 1
-        if run == RUN:  # after a restart members come back without a word
-            post(room, fragments.notice, text=f"{name} joined")
-    enter(room, member, outbox, after)
-    if len(room.members) > limits["MEMBERS"]:  # who is lost makes way for who is here
-        lost = next(member for member in room.members.values() if not member.outbox)
-        lost.grace.cancel()
-        leave(room, lost)
-    return room, member
-
-
-async def next_frame(ws, frames: Allowance) -> dict:
-    """Return the next frame, an object with one verb; Close 1008 or 1009 if it is anything else."""
+    outbox.heard = time.monotonic()
     raw = await ws.receive()
-    if not frames.take():
-        raise Close(1008, "You sent too many frames.")
+    outbox.heard = math.inf
+    if isinstance(raw, guards.Violation):
+        raise Close(*raw)
     if not isinstance(raw, str):
         raise Close(1008, "A frame has to be text.")
-    if len(raw.encode()) > limits["FRAME_BYTES"]:
-        raise Close(1009, f"A frame has at most {limits['FRAME_BYTES']} bytes.")
+    size, most = len(raw.encode()), 8 * limits["MESSAGE_LENGTH"] + 384
+    if size > most:
+        raise Close(1009, f"A frame has at most {most} bytes.")
+    if wait := frames.spend(1 + size // 1024):
+        await asyncio.sleep(wait)
     try:
         frame = json.loads(raw)
         if "\\u" in raw:
             json.dumps(frame, ensure_ascii=False).encode()  # "\ud800" can be read, but not sent
     except (ValueError, RecursionError):
         raise Close(1008, "A frame has to be JSON.") from None
-    if not isinstance(frame, dict) or len(frame.keys() - {"id"}) != 1:
+    if not isinstance(frame, dict) or len(frame) != (2 if "id" in frame else 1):
         raise Close(1008, "A frame has to be an object with one verb.")
     return frame
 
 
-# ── Names ────────────────────────────────────────────────────────────────────────────────────────
+def act(room: Room, member: Member, frame: dict) -> None:
+    """Do what a frame of a member says; Close 1000 if it leaves, 1008 if that is no frame."""
+    host = next(iter(room.members.values())) is member
+    match frame:
+        case {"say": str(text), "id": str(id)} if ID.fullmatch(id):
+            say(room, member, id, text)
+        case {"typing": True}:
+            room.typing.add(member)
+            wake(room)
+        case {"here": int()} | {"bye": True}:
+            pass  # that it came is enough; how long a bye is waited for, see receive
+        case {"leave": True}:
+            raise Close(1000, "You left the room.")
+        case {"lock": bool(locked)} if host:
+            room.locked = locked
+            what = "locked the room" if locked else "unlocked the room"
+            post(room, fragments.notice, name=member.name, what=what)
+            show_presence(room)
+        case {"remove": str(id)} if host:
+            if removed := room.members.get(id):
+                remove(room, removed)
+        case _:
+            raise Close(1008, "That is not a frame of this chat.")
 
 
-def stacked(text: str) -> bool:
-    """Whether a letter carries more than 30 marks. To normalize n of them takes n² steps: 0.1 s for
-    what fits into one frame, and everybody would wait."""
-    marks = 0
-    for character in "" if text.isascii() else text:
-        marks = marks + 1 if unicodedata.combining(character) else 0
-        if marks > 30:
-            return True
-    return False
+def say(room: Room, member: Member, id: str, text: str) -> None:
+    """Post what a member says, once; or tell it that this had been posted, or why it cannot be."""
+    key = hash(id)  # smaller to remember
+    if key in member.posted:  # sent again, because the echo had not reached it
+        return answer(member, fragments.verdict(id, "confirmed", ""))
+    text = guards.clean(text)
+    if not text.strip() or len(text) > limits["MESSAGE_LENGTH"]:
+        why = f"A message has 1 to {limits['MESSAGE_LENGTH']} characters."
+        return answer(member, fragments.verdict(id, "refused", why))
+    member.posted.append(key)
+    room.typing.discard(member)
+    post(room, fragments.message, member=member, id=id, pieces=guards.pieces(text))
 
 
-def usable_name(raw: str) -> str:
-    """Return a name as it will be shown; ValueError says why it cannot be used."""
-    if len(raw) > 100:  # NFKC can make 18 characters of one
-        raise ValueError(f"A name has at most {limits['NAME_LENGTH']} characters.")
-    name = re.sub(" +", " ", unicodedata.normalize("NFKC", raw).strip())
-    kinds = [unicodedata.category(character) for character in JOINER.sub("", name)]
-    if {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"} & set(kinds) or BLANK.search(name):
-        raise ValueError("This name has characters that cannot be seen. Please leave them out.")
-    if not any(kind[0] in "LNPS" for kind in kinds):
-        raise ValueError("Please give a name.")
-    if len(name) > limits["NAME_LENGTH"]:
-        raise ValueError(f"A name has at most {limits['NAME_LENGTH']} characters.")
-    if "MMM" in "".join(kind[0] for kind in kinds):
-        raise ValueError("This name has too many marks on one letter.")
-    return name
+def answer(member: Member, fragment) -> None:
+    if not member.outbox.add([str(fragment)], sys.getsizeof(fragment)):
+        evict(member, "You were too slow. Come back and resume.")
 
 
-def unlike_others(name: str, room: Room) -> str:
-    """Return the name, with a number if somebody in the room has one that looks the same."""
+def remove(room: Room, member: Member) -> None:
+    """Have a member leave because the host wants it so. It cannot come back with its token."""
+    room.removed.add(member.id)
+    if member.outbox:
+        member.outbox.hang_up(Close(4403, "The host has removed you from this room."))
+        member.outbox = None
+    leave(room, member, "was removed")
 
-    def look(name: str) -> str:
-        visible = re.sub("[\u200c\u200d\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]", "", name)
-        return unicodedata.normalize("NFKC", visible.casefold())
 
-    taken, unique, number = {look(member.name) for member in room.members.values()}, name, 2
-    while look(unique) in taken:
-        unique, number = f"{name} {number}", number + 1
-    return unique
+# ── Who comes in ─────────────────────────────────────────────────────────────────────────────────
+
+RUN = secrets.token_hex(4)  # this run of the program; a token that names another is older
+runs: dict[str, float] = {}  # the other ones, and when we saw their tokens first
+
+
+def join(code: str, raw_name: str, outbox: Outbox) -> None:
+    """Let somebody new into a room.
+
+    ValueError says why a name cannot be used. Close: 1008 too many wrong codes, 4404 no such room,
+    4403 locked, 4503 full.
+    """
+    name = guards.usable_name(raw_name)
+    room = find_room(code, outbox.address)
+    if not room:
+        raise Close(4404, "There is no such room, or it has closed.")
+    name = guards.unlike_others(name, [member.name for member in room.members.values()])
+    add_member(room, secrets.token_hex(8), name, outbox, after=0, full=4503)
+
+
+def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
+    """Let somebody in who was in a room before, even before a restart, and resume.
+
+    Close: 4401 not a token of this room, 4404 closed, 4403 removed or locked, 1013 full for now.
+    """
+    try:
+        home, birth, run, id, name = signer().loads(token)
+    except BadSignature:
+        home = None  # no longer ours after a restart without CHAT_SECRET
+    room = rooms.get(code)
+    # The same whether there is such a room or not, so that there is nothing to guess from.
+    if home != code or (room and room.birth != birth):
+        raise Close(4401, "You were not in this room. Give your name again.")
+    # Another run, a moment ago: it was a restart. Its tokens open their rooms again, but not for ever.
+    now = time.monotonic()
+    restarted = run != RUN and now - runs.setdefault(run, now) < limits["GRACE"]
+    if not room:
+        if not restarted or code in closed:
+            raise Close(4404, "This room has closed.")
+        try:
+            room = create_room(code, outbox.address, birth)
+        except Close as full:
+            raise Close(1013, full.reason) from None
+    if id in room.removed:
+        raise Close(4403, "The host has removed you from this room.")
+    if member := room.members.get(id):
+        return enter(room, member, outbox, after, restarted)
+    name = guards.unlike_others(name, [member.name for member in room.members.values()])
+    add_member(room, id, name, outbox, after, full=1013, restarted=restarted)
+
+
+def signer() -> URLSafeSerializer:
+    return URLSafeSerializer(limits["SECRET"], salt="member")
+
+
+def add_member(room, id, name, outbox, after, full: int, restarted: bool = False) -> None:
+    """Make a member and enter it; Close 4403 if the room is locked, `full` if there is no space."""
+    if room.locked:
+        raise Close(4403, "This room is locked: nobody new comes in.")
+    check_space(room, outbox.address, full)
+    token = signer().dumps([room.code, room.birth, RUN, id, name])
+    hues = [member.hue for member in room.members.values()]
+    member = Member(id, name, token, outbox.address, hue=min(range(16), key=hues.count))
+    room.members[id] = member
+    if not restarted:  # after a restart members come back without a word
+        post(room, fragments.notice, name=name, what="joined")
+    enter(room, member, outbox, after, restarted)
+    if len(room.members) > limits["MEMBERS"]:  # who is lost makes way for who is here
+        leave(room, next(m for m in room.members.values() if not m.outbox), "left")
 
 
 # ── Strangers ────────────────────────────────────────────────────────────────────────────────────
-# They are told apart by address. The caches bound the memory: who has long done nothing is forgotten
-# first.
+# They are told apart by address. The caches bound the memory: who has long done nothing is
+# forgotten first.
+
+
+def address(client) -> str:
+    """Return where a request or a WebSocket comes from."""
+    if client.headers.get("X-Forwarded-For") and not limits["PROXIES"]:
+        note("X-Forwarded-For came, but CHAT_PROXIES is 0: all who come by that proxy count as one")
+    return guards.address(client, limits["PROXIES"])
+
+
+class Share:
+    """What one address may make the event loop do, WebSockets and HTTP together.
+
+    So many seconds a second, measured: who has used up more waits. And in one turn of the loop only
+    a slice of that, so that others have their turns in between.
+    """
+
+    def __init__(self):
+        self.seconds = Allowance(limits["SHARE"], 10 * limits["SHARE"])
+        self.used = 0.0  # seconds in this turn of the loop
+
+    def spend(self, seconds: float) -> None:
+        self.seconds.spend(seconds)
+        if not self.used:
+            asyncio.get_running_loop().call_soon(self.begin)
+        self.used += seconds
+
+    def begin(self) -> None:
+        self.used = 0.0
+
+
+SLICE = 0.002  # seconds
 
 
 @lru_cache(10_000)
-def new_rooms(address: str) -> Allowance:
-    return allowance("NEW_ROOM", seconds=60)
+def share(address: str) -> Share:
+    return Share()
 
 
-@lru_cache(10_000)
-def new_members(address: str) -> Allowance:  # a class at once, and again in ten minutes
-    return Allowance(limits["SOCKETS_PER_ADDRESS"] / 600, limits["SOCKETS_PER_ADDRESS"])
+class turn:  # as in `async with turn(address)`
+    """Wait until it is the turn of an address, and measure what is done in it."""
+
+    def __init__(self, address: str):
+        self.share = share(address)
+
+    async def __aenter__(self) -> None:
+        while self.share.used > SLICE or self.share.seconds.left() < 0:
+            await asyncio.sleep(self.share.seconds.spend(0))
+        self.started = time.perf_counter()
+
+    async def __aexit__(self, *_) -> None:
+        self.share.spend(time.perf_counter() - self.started)
 
 
-@lru_cache(10_000)
-def wrong_codes(address: str) -> Allowance:
-    if address == "all":
-        return Allowance(limits["WRONG_CODES_IN_ALL"] / 60, limits["WRONG_CODES_IN_ALL"])
-    return Allowance(limits["WRONG_CODES"] / 600, limits["WRONG_CODES"])
+@lru_cache(30_000)
+def allowance(limit: str, address: str) -> Allowance:
+    """Return what is left to an address of a limit that is good for ten minutes."""
+    return Allowance(limits[limit] / 600, limits[limit])
 
 
-def find_room(code: str) -> Room | None:
+def create_room(code: str, address: str, birth: int = 0) -> Room:
+    """Open a room for an address; Close 1008 if that has opened too many, 4503 if there are."""
+    check_new_rooms(address)
+    room = open_room(code, birth)
+    room.creator = address
+    allowance("NEW_ROOMS", address).take()
+    return room
+
+
+def check_new_rooms(address: str) -> None:
+    if allowance("NEW_ROOMS", address).left() < 1:
+        note("CHAT_NEW_ROOMS is reached", address)
+        raise Close(1008, "Your network has created many rooms. Wait a minute, and try again.")
+
+
+def find_room(code: str, address: str) -> Room | None:
     """Return the room with this code, if there is one; Close 1008 after too many wrong codes.
 
-    Then even for a right code, or whoever tries them all would still find the rooms. Codes of rooms
-    that have closed are not counted: a class that reloads its pages is not guessing.
+    Then even for a right code, or whoever tries them all would still find the rooms. But who has
+    created the room, or where somebody is in it already, nobody is guessing. Codes of rooms that have closed are not
+    counted: a class that reloads its pages is not guessing, either.
     """
-    address = guards.address()
-    guesses = {"WRONG_CODES": wrong_codes(address), "WRONG_CODES_IN_ALL": wrong_codes("all")}
-    for limit, guess in guesses.items():
-        if not guess.has():
-            log_limit(limit)
-            raise Close(1008, "Too many wrong codes have been tried. Try again in ten minutes.")
-    if code not in rooms and code not in closed:
-        for guess in guesses.values():
-            guess.take()
-    return rooms.get(code)
+    room = rooms.get(code)
+    if room and address in {room.creator, *(member.address for member in room.members.values())}:
+        return room
+    if allowance("WRONG_CODES", address).left() < 1:
+        note("CHAT_WRONG_CODES is reached", address)
+        raise Close(1008, "Too many wrong codes have been tried. Try again in ten minutes.")
+    if not room and code not in closed:
+        allowance("WRONG_CODES", address).take()
+    return room
 
 
-def check_space(room: Room, address: str) -> None:
-    """Do nothing if there is space for one more member; else Close 4503.
+def make_way(newest: Outbox) -> None:
+    """Keep the number of connections bounded: one that has not said hello makes way for another.
+
+    That may be the newest itself. With 1013, because it may hold a token, and then has to come back.
+    """
+    mine = [outbox for outbox in outboxes if outbox.address == newest.address]
+    if stopping.is_set():
+        newest.hang_up(Close(1012, "The server restarts."))
+    elif len(mine) > limits["SOCKETS_PER_ADDRESS"]:
+        note("CHAT_SOCKETS_PER_ADDRESS is reached", newest.address)
+        turn_away(mine, "There are too many connections from your network.")
+    elif len(outboxes) > limits["SOCKETS"]:
+        note("CHAT_SOCKETS is reached")
+        turn_away(list(outboxes), "This server is full. Try again later.")
+
+
+def turn_away(candidates: list[Outbox], why: str) -> None:
+    silent = next(outbox for outbox in candidates if not outbox.member)
+    del outboxes[silent]  # here, and not when it has gone: it is not to be found twice
+    silent.hang_up(Close(1013, why))
+
+
+def check_space(room: Room, address: str, full: int) -> None:
+    """Do nothing if there is space for one more member; else Close, with the code `full`.
 
     Members are counted by address even while they are reconnecting: to say hello, to hang up, and
     that a thousand times, would fill the server.
     """
-    if held[address] >= limits["SOCKETS_PER_ADDRESS"]:
-        log_limit("SOCKETS_PER_ADDRESS")
-        raise Close(4503, "There are too many members from your network.")
-    if sum(held.values()) >= 2 * limits["SOCKETS"]:
-        raise Close(4503, "This server is full. Try again later.")
-    here = sum(member.outbox is not None for member in room.members.values())
-    if here >= limits["MEMBERS"]:
-        raise Close(4503, "This room is full.")
-    if not new_members(address).take():  # or joining and leaving would be a way to flood
-        log_limit("SOCKETS_PER_ADDRESS")
-        raise Close(4503, "Too many have joined from your network. Try again in a few minutes.")
+    everybody = [member for room in rooms.values() for member in room.members.values()]
+    if sum(member.address == address for member in everybody) >= limits["SOCKETS_PER_ADDRESS"]:
+        why = "There are too many members from your network."
+    elif len(everybody) >= 2 * limits["SOCKETS"]:
+        why = "This server is full. Try again later."
+    elif sum(member.outbox is not None for member in room.members.values()) >= limits["MEMBERS"]:
+        why = "This room is full."
+    elif not allowance("SOCKETS_PER_ADDRESS", address).take():  # or to join and leave would flood
+        why = "Too many have joined from your network. Try again in a few minutes."
+    else:
+        return
+    note(why, address)
+    raise Close(full, why)
 
 
-def log_limit(limit: str) -> None:
-    """Log that this client has reached a limit; once an hour, or an attack would fill the disk."""
-    log_once("%s has reached the limit CHAT_%s", guards.address(), limit, time.time() // 3600)
+log = logging.getLogger("chat")  # closes, limits reached, errors; no message, name, code or token
+noted: Counter[str] = Counter()
 
 
-@lru_cache(10_000)
-def log_once(sentence: str, *values) -> None:
-    log.warning(sentence, *values[:2])
+def note(what: str, who: str = "") -> None:
+    """Log what happened, and how often in a minute: an attack must not fill the disk."""
+    if what not in noted:
+        log.info("%s%s", what, who and f", by {who}")
+        later(60, note_again, what)
+    noted[what] += 1
+
+
+def note_again(what: str) -> None:
+    times = noted.pop(what, 0)
+    if times > 1:
+        log.info("%s, %s times in a minute", what, times)
+
+
+def forget() -> None:
+    """Forget all rooms and addresses: each test begins with that."""
+    for room in list(rooms.values()):
+        close_room(room)
+    for memory in (closed, runs, noted):
+        memory.clear()
+    share.cache_clear()
+    allowance.cache_clear()
 
 
 # ── Pages ────────────────────────────────────────────────────────────────────────────────────────
 
+# Read once, at start: what a request names is looked up in here, and never on the disk.
+files = guards.read_files(Path(__file__).parent / "static")
+app.jinja_env.globals["static"] = lambda name: f"/static/{name}?v={files[name].version}"
+app.jinja_env.globals["close_codes"] = CLOSE_CODES
+
+
+@app.before_request
+async def refuse_other_sites():
+    """Refuse what another site's page asks for, unless a person has followed a link there.
+
+    Before anything is counted: an image on a foreign page is not a visitor who guesses codes.
+    """
+    fetch = request.headers.get("Sec-Fetch-Site"), request.headers.get("Sec-Fetch-Dest")
+    link = request.method == "GET" and fetch[1] == "document"
+    if fetch[0] == "cross-site" and not link:
+        return "Another site may not ask for this.", 403
+
+
+def is_code(text: str) -> bool:
+    return len(text) == limits["CODE_LENGTH"] and set(text) <= set(ALPHABET)
+
+
+def new_code() -> str:
+    return "".join(secrets.choice(ALPHABET) for _ in range(limits["CODE_LENGTH"]))
+
 
 @app.get("/")
-async def home(title="Chat", text=None, status=200):
+async def home(title="Chat", text=None, status=200, typed="", reopen=None):
     """Show where rooms are created and joined; with a title and a text, also what went wrong."""
-    while (code := "".join(secrets.choice(ALPHABET) for _ in range(6))) in rooms:
-        pass
-    return await render_template("home.html", title=title, text=text, code=code), status
+    page = {"title": title, "text": text, "code": new_code(), "typed": typed, "reopen": reopen}
+    return await render_template("home.html", **page), status
 
 
 @app.get("/join")
-async def join():
+async def join_page():
     """Lead to a room by its code, typed in any case and with any spacing, or by a pasted link."""
-    typed = request.args.get("code", "").strip().rstrip("/").rsplit("/", 1)[-1]
+    typed = request.args.get("code", "")[-200:].strip().rstrip("/").rsplit("/", 1)[-1]
     code = re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", typed)).upper()
-    if CODE.fullmatch(code):
+    if is_code(code):
         return redirect(f"/r/{code}", 303)
-    return await home("That is not a code", "A code has six letters and digits: KWR4TN.", 400)
+    text = f"A code has {limits['CODE_LENGTH']} letters and digits, without 0, O, 1, I and L."
+    return await home("That is not a code", text, 400, typed=code[:40])
 
 
 @app.post("/r/<code>")
 async def create(code: str):
     """Open the room whose code the home page chose: a proxy can tell rooms apart by the path."""
-    await request.get_data()  # nothing is in it; but one that is too large is refused, with 413
-    if not new_rooms(guards.address()).take():  # first: then not even guessing is free of charge
-        log_limit("NEW_ROOM_RATE")
-        raise Close(1008, "Your network has created many rooms. Wait a minute, and try again.")
-    if not CODE.fullmatch(code) or (code in rooms and rooms[code].members):
-        return await home("This code cannot be used", "Create a room to get another one.", 409)
-    room = rooms.get(code) or open_room(code)  # there already after a double click
-    return redirect(f"/r/{room.code}", 303)
+    if not is_code(code):
+        return await home("That is not a code", "Create a room to get one.", 409)
+    check_new_rooms(address(request))  # first: then not even a right guess is told from a wrong one
+    if code not in rooms:  # or there already: after a double click, or for a class
+        create_room(code, address(request))
+    return redirect(f"/r/{code}", 303)
 
 
 @app.get("/r/<code>")
 async def room_page(code: str):
-    if code != code.upper() and CODE.fullmatch(code.upper()):
+    if code != code.upper() and is_code(code.upper()):
         return redirect(f"/r/{code.upper()}", 303)
-    if find_room(code):
-        return await render_template("room.html", code=code, limits=limits)
-    text = "Nobody has created it, or its last member has left. Check the code, or create a room."
-    return await home("There is no such room", text, 404)
+    if find_room(code, address(request)):
+        page = {"code": code, "limits": limits, "link": link(code), "alone": not others_can_come()}
+        return await render_template("room.html", **page)
+    text = "It has not been opened yet, or its last member has left. Is this the right code?"
+    reopen = code if is_code(code) else None
+    return await home("There is no such room", text, 404, typed=code[:40], reopen=reopen)
+
+
+def link(code: str) -> str:
+    """Return the link of a room for others: to this machine's name for itself they cannot come."""
+    here = f"{guards.scheme(request, limits['PROXIES'])}://{request.host}"
+    return f"{(opened_here() and limits['NETWORK']) or here}/r/{code}"
+
+
+def opened_here() -> bool:
+    """Whether the browser has found us under a name that means its own machine."""
+    return urlsplit(f"//{request.host}").hostname in ("localhost", "127.0.0.1", "::1")
+
+
+def others_can_come() -> bool:
+    return bool(limits["NETWORK"]) or not opened_here()
 
 
 @app.get("/r/<code>/qr.svg")
 async def qr_code(code: str):
     """Draw the link of a room, for phones to read, and for a projector to show to a class."""
-    if not find_room(code):
+    if not find_room(code, address(request)):
         raise NotFound
-    return draw(f"{guards.scheme()}://{request.host}/r/{code}"), {"Content-Type": "image/svg+xml"}
+    return draw(link(code)), {"Content-Type": "image/svg+xml"}
 
 
 @lru_cache(64)
@@ -803,8 +1050,7 @@ app.log_exception = log_exception
 @app.errorhandler(Close)
 async def refusal_page(close: Close):
     """Say on a page what a WebSocket says with its close: there are limits on both ways."""
-    code, reason = close.args
-    return await home("Sorry", reason, 503 if code == 4503 else 429)
+    return await home("Sorry", close.reason, 503 if close.code == 4503 else 429)
 
 
 @app.errorhandler(HTTPException)
@@ -815,45 +1061,60 @@ async def error_page(error: HTTPException):
 # ── Start and stop ───────────────────────────────────────────────────────────────────────────────
 
 
-async def run(listener: socket.socket) -> None:
-    """Serve until SIGINT or SIGTERM, and then tell everybody: 1012 means come back in a moment."""
+async def run(listener: socket.socket, first: str = "") -> None:
+    """Serve until SIGINT, SIGTERM or SIGHUP; then tell everybody 1012: come back in a moment."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), lambda *_: loop.call_soon_threadsafe(stop.set))
 
     async def stopped() -> None:
         await stop.wait()
-        loop.call_later(4, os._exit, 0)  # the last resort: a peer that never reads blocks a close
+        later(4, os._exit, 0)  # the last resort: a peer that never reads blocks a close
         stopping.set()
         for outbox in outboxes:
-            hang_up(outbox, Close(1012, "The server restarts."))
+            outbox.hang_up(Close(1012, "The server restarts."))
         deadline = time.monotonic() + 1
         while outboxes and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
 
+    if first:
+        open_room(first).unentered.cancel()  # the one that the terminal shows: it waits for long
     heart = asyncio.create_task(beat())
-    guards.install(app, lambda: allowance("FRAME"))
+    # A proxy is no stranger, and has limits of its own.
+    most = 0 if limits["PROXIES"] else 2 * limits["SOCKETS_PER_ADDRESS"]
+    guards.install(app, lambda: Allowance(10, 60), most, turn, lambda peer: share(peer).seconds)
     config = Config()
-    config.bind = [f"fd://{listener.detach()}"]
-    config.websocket_max_message_size = limits["FRAME_BYTES"]
+    config.bind, config.backlog = [f"fd://{listener.detach()}"], 1024
+    config.websocket_max_message_size = 8 * limits["MESSAGE_LENGTH"] + 384
     config.loglevel, config.include_server_header = "WARNING", False
     await serve(app, config, shutdown_trigger=stopped)
     heart.cancel()
 
 
 async def beat() -> None:
-    """Send everybody a heartbeat, and have one back; who does not answer is silent, see receive.
+    """Send everybody a heartbeat, and have one back: who does not answer is lost.
 
     It tells a browser an idle room from a dead line. The server sets the pace, because the timers
     of a hidden tab stand still.
     """
+    beating = True
     while True:
-        await asyncio.sleep(limits["BEAT"])
-        for outbox in outboxes:
-            if not outbox.full():
-                outbox.put_nowait([fragments.beat()])
-        for room in rooms.values():
-            trim(room)  # those in which nobody talks, too, when there are more and more rooms
+        await asyncio.sleep(limits["BEAT"] / 2)
+        beating = not beating  # every second time, and in between it only listens
+        for outbox in list(outboxes):
+            try:
+                if outbox.heard < time.monotonic() - 2.5 * limits["BEAT"]:
+                    outbox.heard = math.inf
+                    outbox.hang_up(
+                        Close(1013, "You were silent for too long. Come back and resume.")
+                    )
+                    lose(outbox, limits["GRACE"])
+                elif beating:
+                    heartbeat = str(fragments.beat())
+                    outbox.add([heartbeat], sys.getsizeof(heartbeat))
+            except Exception:  # or the heart would stand still for all
+                log.exception("A heartbeat failed")
+                outbox.hang_up(Close(1013, "The server has made a mistake. Come back and resume."))
 
 
 def main() -> None:
@@ -861,8 +1122,8 @@ def main() -> None:
         description="A room chat on WebSockets.",
         epilog="settings, in the environment:\n"
         + "\n".join(
-            f"  CHAT_{n} ({default or 'not set'}): {what}"
-            for n, (default, what) in SETTINGS.items()
+            f"  CHAT_{name} ({default or 'not set'}): {what}"
+            for name, (default, what) in SETTINGS.items()
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -870,16 +1131,6 @@ def main() -> None:
     parser.add_argument("--port", default=8000, type=int)
     options = parser.parse_args()
     host, port = options.host, options.port
-    for variable in os.environ:
-        if variable.startswith("CHAT_") and variable.removeprefix("CHAT_") not in SETTINGS:
-            parser.error(f"{variable}, in the environment, is not a setting")
-    for name, (default, _) in SETTINGS.items():
-        least = 0.001 if name in ("BEAT", "FRAMES_PER_SECOND") else 0
-        number = type(limits[name]) in (int, float) and limits[name] >= least
-        if not number and not isinstance(default, str):
-            parser.error(
-                f"CHAT_{name}, in the environment, has to be a number, and not below {least}"
-            )
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -891,14 +1142,19 @@ def main() -> None:
         reason = str(getattr(why, "strerror", why)).split(" (")[0]
         sys.exit(f"Cannot listen on {host}, port {port}: {reason}.")
     guards.harden(listener)
-    address = network_address() if host in ("0.0.0.0", "::") else host
-    address = f"[{address}]" if ":" in address else address
-    link = f"http://{address}:{listener.getsockname()[1]}"
-    print(f"Chat is on {link} (Ctrl-C stops it)", flush=True)
+    if (most := guards.raise_open_files()) < limits["SOCKETS"] + 100:
+        log.warning("The system allows %s open files, fewer than CHAT_SOCKETS need.", most)
+    shown = network_address() if host in ("0.0.0.0", "::") else host
+    shown = f"[{shown}]" if ":" in shown else shown
+    site = f"http://{shown}:{listener.getsockname()[1]}"
+    print(f"Chat is on {site} (Ctrl-C stops it)", flush=True)
+    first = ""
     if host in ("0.0.0.0", "::"):
+        limits["NETWORK"], first = site, new_code()
+        print(f"One room for the phones in this network: {site}/r/{first}", flush=True)
         with suppress(UnicodeEncodeError):  # a terminal that has no blocks
-            segno.make(link, micro=False).terminal(compact=True)  # for the phones in the same room
-    asyncio.run(run(listener))
+            segno.make(f"{site}/r/{first}", micro=False).terminal(compact=True)
+    asyncio.run(run(listener, first))
 
 
 def network_address() -> str:

@@ -1,7 +1,7 @@
-"""Seat belts for Hypercorn 0.18 and Quart 0.22 on the open internet.
+"""What strangers on the internet make necessary: chat.py is better read without it.
 
-chat.py is complete without this file and is better read without it. Each guard names what
-happens without it, and when it can go.
+Text and names that deceive, static files, response headers, addresses; and below these the seat
+belts for Hypercorn 0.18 and Quart 0.22. Each says what happens without it.
 """
 
 import asyncio
@@ -10,26 +10,113 @@ import hashlib
 import re
 import socket
 import struct
+import time
+import unicodedata
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from ipaddress import ip_address, ip_network
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import h11
 from hypercorn import protocol
 from hypercorn.asyncio import run as serving
 from hypercorn.asyncio import tcp_server
 from hypercorn.config import Config
+from hypercorn.events import Closed, RawData
 from hypercorn.protocol import h11 as http_1
 from hypercorn.protocol import ws_stream
 from hypercorn.protocol.events import Data, StreamClosed
-from quart import Quart, Request, Response, current_app, has_websocket_context, request, websocket
+from quart import Quart, Response, has_websocket_context, request, websocket
 from quart.asgi import ASGIWebsocketConnection
 from quart.wrappers import Websocket
 from wsproto.events import CloseConnection, Message, Ping
 
-FITS = "hypercorn==0.18.0, quart==0.22.0 and wsproto==1.3.2, as in requirements.txt"
+# The classes below reach into these: each has been read in this version, and in no other.
+FITS = {"hypercorn": "0.18.0", "quart": "0.22.0", "wsproto": "1.3.2", "h11": "0.16.0"}
+
+# ── Text and names ───────────────────────────────────────────────────────────────────────────────
+
+# Never shown: control characters, and overrides of the writing direction. In names also refused:
+# letters that look like nothing, and joiners but for those inside 👩‍🚀 or a Persian word.
+HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+BLANK = re.compile("[\u3164\u115f\u1160\uffa0\u2800\u034f\u17b4\u17b5\ufffc\U00016fe4\U0001d159]")
+JOINER = re.compile("(?<=[^\x00-\x7f])[\u200c\u200d](?=[^\x00-\x7f])")
+VARIANT = re.compile("[\u200c\u200d\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+PIECES = re.compile(  # code blocks, code and links: re.split puts them at the odd indices
+    r"""(```.*?```\n?|`[^`\n]+`|https?://(?:\([^\s<>"()]*\)|[^\s<>"()])*"""
+    r"""(?:\([^\s<>"()]*\)|[^\s<>"'.,;:!?()\]}]))""",  # Foo_(bar) whole, but no bracket around it
+    re.DOTALL,
+)
+NAME_LENGTH = 24  # characters
+
+
+def clean(text: str) -> str:
+    """Return a message as it will be shown: NFC, nothing hidden, no screens full of nothing."""
+    if not stacked(text):
+        text = unicodedata.normalize("NFC", text)
+    text = HIDDEN.sub("", text.replace("\r\n", "\n")).strip("\n")
+    return re.sub("\n(?:[^\\S\n]*\n){3,}", "\n\n", text)
+
+
+def stacked(text: str) -> bool:
+    """Whether a letter carries more than 30 marks. To normalize n of them takes n² steps: 0.1 s for
+    what fits into one frame, and everybody would wait."""
+    marks = 0
+    for character in "" if text.isascii() else text:
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        if marks > 30:
+            return True
+    return False
+
+
+def pieces(text: str) -> list[str]:
+    """Split a message: at the odd indices is code, or a link. After 50 of them all else is text."""
+    return PIECES.split(text, maxsplit=50)
+
+
+def usable_name(raw: str) -> str:
+    """Return a name as it will be shown; ValueError says why it cannot be used.
+
+    What else looks alike, such as AIice with a capital I, is not covered.
+    """
+    if len(raw) > 100:  # NFKC can make 18 characters of one
+        raise ValueError(f"A name has at most {NAME_LENGTH} characters.")
+    name = re.sub(" +", " ", unicodedata.normalize("NFKC", raw).strip())
+    if not JOINER.sub("", name).isprintable() or BLANK.search(name):
+        raise ValueError("This name has characters that cannot be seen. Please leave them out.")
+    kinds = "".join(unicodedata.category(character)[0] for character in JOINER.sub("", name))
+    if not set(kinds) & set("LNPS"):
+        raise ValueError("Please give a name.")
+    if len(name) > NAME_LENGTH:
+        raise ValueError(f"A name has at most {NAME_LENGTH} characters.")
+    if "MMM" in kinds:
+        raise ValueError("This name has too many marks on one letter.")
+    scripts = {unicodedata.name(letter, "").split(" ")[0] for letter in name if letter.isalpha()}
+    if "LATIN" in scripts and scripts & {"CYRILLIC", "GREEK"}:
+        raise ValueError(
+            "This name mixes letters of two alphabets that look alike. Use one of them."
+        )
+    return name
+
+
+def unlike_others(name: str, taken: list[str]) -> str:
+    """Return the name, with a number if it differs from a taken one in nothing that can be seen."""
+
+    def look(name: str) -> str:
+        return unicodedata.normalize("NFKC", VARIANT.sub("", name.casefold()))
+
+    looks, unique, number = set(map(look, taken)), name, 2
+    while look(unique) in looks:
+        unique, number = f"{name} {number}", number + 1
+    return unique
+
+
+# ── HTTP ─────────────────────────────────────────────────────────────────────────────────────────
+
 HEADERS = {  # on all responses, also those of Hypercorn; MDN's HTTP Observatory gives A+ for them
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -78,103 +165,84 @@ def read_files(folder: Path) -> dict[str, File]:
     return files
 
 
-async def headers(response: Response | None) -> Response | None:
-    """Say that nothing is to be kept unless a page says so and, over TLS, that it shall stay there."""
-    if response is None:  # of a WebSocket, unless it has been refused
-        return None
-    if scheme() == "https":
-        response.headers["Strict-Transport-Security"] = "max-age=31536000"
-    response.headers.setdefault("Cache-Control", "no-store")
-    return response
-
-
-def client() -> Request | Websocket:
-    """Return whom we are serving: a request, or a WebSocket, which starts as one."""
-    return websocket if has_websocket_context() else request
-
-
-def address() -> str:
+def address(client, proxies: int) -> str:
     """Return the address by which limits count: the peer's or, behind proxies, what they say.
 
     Each proxy appends the address of its own peer to X-Forwarded-For; what stands before those
-    anybody can make up. IPv6 is counted by /64: that is what one household gets.
+    anybody can make up. IPv6 is counted by /56: that is what one household gets.
     """
-    proxies = int(current_app.config["PROXIES"])
-    told = ",".join(client().headers.getlist("X-Forwarded-For")).split(",")
-    peer = (client().scope.get("client") or ("",))[0]
+    told = ",".join(client.headers.getlist("X-Forwarded-For")).split(",")
+    peer = (client.scope.get("client") or ("",))[0]
+    return counted(told[-proxies].strip() if 0 < proxies <= len(told) else peer)
+
+
+@lru_cache(1_000)
+def counted(text: str) -> str:
     try:
-        address = ip_address(told[-proxies].strip() if 0 < proxies <= len(told) else peer)
+        address = ip_address(text)
     except ValueError:
         return "unknown"
     if address.version == 6:
-        address = address.ipv4_mapped or ip_network((address, 64), strict=False)
+        address = address.ipv4_mapped or ip_network((address, 56), strict=False)
     return str(address)
 
 
-def scheme() -> str:
+def scheme(client, proxies: int) -> str:
     """Return http or https, as the browser sees it: a proxy may speak TLS in our stead."""
-    told = client().headers.get("X-Forwarded-Proto") if current_app.config["PROXIES"] else None
-    return (told or client().scheme).replace("ws", "http")  # a WebSocket's are ws and wss
+    told = client.headers.get("X-Forwarded-Proto") if proxies else None
+    return (told or client.scheme).replace("ws", "http")  # a WebSocket's are ws and wss
 
 
-def same_origin() -> bool:
-    """Whether the page that opens this WebSocket is ours, or listed in CHAT_ORIGINS.
-
-    Without, every page on the internet could do so from its visitors' browsers. Origin is the one
-    header that a page cannot choose; a program has to send it, too.
-    """
-    origins = current_app.config["ORIGINS"].replace(",", " ").split()
-    if host := client().headers.get("Host"):
-        origins.append(f"{scheme()}://{host}")
-    return plain(client().headers.get("Origin", "")) in map(plain, origins)
-
-
-def plain(origin: str) -> str:
+def plain_origin(origin: str) -> str:
     """Return an origin as browsers write it: in lower case, and without the scheme's own port."""
     return re.sub("^(http://.+):80$|^(https://.+):443$", r"\1\2", origin.lower())
 
 
-async def no_ranges() -> None:
-    """Send files whole: on `Range: bytes=-1` Quart fails with a 500."""
-    request.headers.pop("Range", None)
+# ── Seat belts ───────────────────────────────────────────────────────────────────────────────────
 
 
-def install(app: Quart, allowance) -> None:
-    """Put all guards in place, before serving; allowance() bounds pings and fragments, see Stream."""
+def install(app: Quart, allowance, connections: int = 0, turn=None, seconds=None) -> None:
+    """Put all guards in place, before serving.
+
+    allowance() bounds pings and fragments, see Stream. For peers that are no proxy also: how many
+    connections one may have, its turn(address), and the seconds(address) that it has left.
+    """
+    for package, fits in FITS.items():
+        if version(package) != fits:
+            raise SystemExit(
+                f"guards.py fits {package} {fits}, and {version(package)} is installed. "
+                "Install the right version: pip install -r requirements.txt"
+            )
+
+    async def headers(response: Response | None) -> Response | None:
+        if response is not None:  # as it is for a WebSocket that has not been refused
+            response.headers.setdefault("Cache-Control", "no-store")
+            client = websocket if has_websocket_context() else request
+            if scheme(client, app.config.get("PROXIES", 0)) == "https":
+                response.headers["Strict-Transport-Security"] = "max-age=31536000"
+        return response
+
     app.after_request(headers)
     app.after_websocket(headers)
     ours = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
     usual = Config.response_headers
-    replace(Config, "response_headers", lambda *args: [*usual(*args), *ours])
-    app.before_request(no_ranges)
+    Config.response_headers = lambda *args: [*usual(*args), *ours]
     # Off: permessage-deflate. It takes 257 KiB instead of 41 for each connection, and 20 bombs
     # of 260 KB took 5.2 GB. Can go when Hypercorn has a setting (its issue 307).
-    replace(ws_stream, "server_extensions_handshake", lambda requested, supported: None)
+    ws_stream.server_extensions_handshake = lambda requested, supported: None
     # One read must not hide thousands of tiny frames.
-    replace(tcp_server, "MAX_RECV", 4096)
+    tcp_server.MAX_RECV = 4096
     Stream.allowance = staticmethod(allowance)
-    for place, name, guard in (
-        (http_1, "WSStream", Stream),
-        (protocol, "H11Protocol", Protocol),
-        (serving, "TCPServer", Server),
-        (app, "asgi_websocket_class", Connection),
-        (app, "websocket_class", Socket),
-    ):
-        for method in vars(guard).keys() - {"__module__", "__doc__", "allowance", "drop"}:
-            check(guard.__base__, method)
-        replace(place, name, guard)
-
-
-def replace(place, name: str, value) -> None:
-    """Set what Hypercorn or Quart has under this name; without it, the guard would be in vain."""
-    check(place, name)
-    setattr(place, name, value)
-
-
-def check(place, name: str) -> None:
-    if not hasattr(place, name):
-        place = getattr(place, "__qualname__", getattr(place, "__name__", place))
-        raise SystemExit(f"{place} has no {name}: guards.py does not fit. Install {FITS}.")
+    Server.most, Server.turn, Server.seconds = (
+        connections,
+        staticmethod(turn),
+        staticmethod(seconds),
+    )
+    http_1.WSStream = Stream
+    protocol.H11Protocol = Protocol
+    serving.TCPServer = Server
+    app.asgi_websocket_class = Connection
+    app.websocket_class = Socket
 
 
 def harden(listener: socket.socket) -> None:
@@ -197,12 +265,27 @@ def harden(listener: socket.socket) -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
 
 
+def raise_open_files() -> int:
+    """Have the system allow as many open files as it can; return how many. A connection is one."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return 1 << 31
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return most
+
+
 class Server(tcp_server.TCPServer):
     """A connection: what its buffers hold is bounded, and how it ends is no news.
 
     Without: 1 MB waits in front of each handler that is slower than its peer, and Hypercorn logs
-    a dead phone (TimeoutError) as an error of its own, with a traceback.
+    a dead phone (TimeoutError) as an error of its own, with a traceback. 3,300 connections of one
+    peer, with requests that never end, took 216 MB.
     """
+
+    open: ClassVar[Counter[str]] = Counter()  # connections by peer
+    most: int  # of one peer; 0: it is a proxy, which has limits of its own
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
@@ -210,8 +293,43 @@ class Server(tcp_server.TCPServer):
         self.reader._limit = 8_192  # reads nothing more while twice that waits
 
     async def run(self) -> None:
-        with suppress(OSError):
-            await super().run()
+        peer = (self.writer.get_extra_info("peername") or ("",))[0]
+        if self.most:
+            if self.open[peer] >= self.most:
+                return self.writer.transport.abort()
+            self.address = counted(peer)
+            self.mine = self.seconds(self.address)
+            self.mine.spend(0.0005)  # to make a connection takes about so long
+            await self.wait()
+        self.open[peer] += 1
+        try:
+            with suppress(OSError):
+                await super().run()
+        finally:
+            self.open[peer] -= 1
+            if not self.open[peer]:
+                del self.open[peer]
+
+    async def _read_data(self) -> None:
+        """Do as Hypercorn 0.18.0 does, and count the time that it takes to parse what was read."""
+        try:
+            while data := await self.reader.read(tcp_server.MAX_RECV):
+                if self.most:
+                    await self.wait()
+                started = time.perf_counter()
+                await self.protocol.handle(RawData(data))
+                if self.most:  # what takes longer has waited for the application
+                    self.mine.spend(min(time.perf_counter() - started, 0.002))
+        except OSError:
+            pass
+        await self.protocol.handle(Closed())
+        await self.idle_task.stop()  # or whoever has gone would be counted for 5 s more
+
+    async def wait(self) -> None:
+        """Wait until it is the turn of this peer, if it has used up its share of the time."""
+        if self.mine.left() < 0:
+            async with self.turn(self.address):
+                pass
 
 
 HOST = re.compile(rb"[\w-]{1,63}(\.[\w-]{1,63})*\.?(:\d{1,5})?|\[[\da-fA-F:.]+\](:\d{1,5})?")
@@ -219,14 +337,22 @@ HOST = re.compile(rb"[\w-]{1,63}(\.[\w-]{1,63})*\.?(:\d{1,5})?|\[[\da-fA-F:.]+\]
 
 class Requests(h11.Connection):
     """Refuses what fails in Hypercorn, Quart or Werkzeug with a traceback: targets such as `?` or
-    `http://[`, paths longer than a file's name can be, Hosts such as `..`, `Upgrade: \\xff`."""
+    `http://[`, paths longer than a file's name can be, Hosts such as `..`, `Upgrade: \\xff`. And
+    bodies: no request here has one, so that nobody has to wait for its end."""
 
     def next_event(self):
+        # To parse 3,700 headers takes 10 ms: count them before.
+        if self.their_state is h11.IDLE and self.trailing_data[0].count(b"\n") > 100:
+            raise h11.RemoteProtocolError("too many headers", error_status_hint=431)
         event = super().next_event()
         if isinstance(event, h11.Request):
-            fine = event.target.startswith(b"/") and len(event.target.partition(b"?")[0]) < 256
+            path = event.target.partition(b"?")[0]
+            fine = path.startswith(b"/") and len(path) < 256 and len(event.target) < 2_000
             for name, value in event.headers:
-                fine &= name != b"host" or (len(value) < 100 and bool(HOST.fullmatch(value)))
+                fine &= name != b"host" or (len(value) < 64 and bool(HOST.fullmatch(value)))
+                fine &= name != b"transfer-encoding" and (
+                    name != b"content-length" or value == b"0"
+                )
                 fine &= value.isascii() or not name.startswith((b"sec-", b"connection", b"upgrade"))
             if not fine:
                 raise h11.RemoteProtocolError("not a request of any browser", error_status_hint=400)
@@ -266,7 +392,7 @@ class Socket(Websocket):
 
 @lru_cache(maxsize=4)
 def text_frame(text: str) -> bytes:
-    """Return text as a WebSocket frame (RFC 6455, 5.2). A flush sends the same to all members, so
+    """Return text as a WebSocket frame (RFC 6455, 5.2). A hand-out sends the same to all members, so
     that it is built once; the few last ones are remembered."""
     payload = text.encode()
     size = len(payload)
@@ -275,6 +401,14 @@ def text_frame(text: str) -> bytes:
     if size < 65_536:
         return struct.pack("!BBH", 0x81, 126, size) + payload
     return struct.pack("!BBQ", 0x81, 127, size) + payload
+
+
+class Violation(NamedTuple):
+    """What the application is given in place of a frame, when the peer has broken a rule. It is the
+    application that ends the connection: the same rule then has the same consequence everywhere."""
+
+    code: int
+    reason: str
 
 
 class Stream(ws_stream.WSStream):
@@ -287,6 +421,7 @@ class Stream(ws_stream.WSStream):
     def __init__(self, *args) -> None:
         super().__init__(*args)
         self.frames = self.allowance()
+        self.broken = False  # a rule: nothing more is taken in
 
     async def app_send(self, message) -> None:
         ready = self.state is ws_stream.ASGIWebsocketState.CONNECTED and not self.closed
@@ -294,8 +429,12 @@ class Stream(ws_stream.WSStream):
             await self.send(Data(stream_id=self.stream_id, data=text_frame(message["text"])))
         else:
             await super().app_send(message)
+            if self.broken and message and message["type"] == "websocket.close":
+                await self.send(StreamClosed(stream_id=self.stream_id))  # waits for no answer
 
     async def handle(self, event) -> None:
+        if self.broken and isinstance(event, Data):
+            return
         if isinstance(event, StreamClosed) and self.app_put:
             queue = self.app_put.__self__
             if queue.full():  # then nobody may be reading it any more, and to wait for room
@@ -304,17 +443,19 @@ class Stream(ws_stream.WSStream):
         await super().handle(event)
 
     async def _handle_events(self) -> None:
+        """Do as Hypercorn 0.18.0 does, and look at each event before it takes effect."""
         for event in self.connection.events():
-            if self.closed:
+            if self.closed or self.broken:
                 return
             # Messages are counted where they are read; this is what the application never sees.
             fragment = isinstance(event, Message) and event.frame_finished > event.message_finished
             unseen = fragment or not isinstance(event, Message)
             if unseen and not self.frames.take():
-                return await self.drop(CloseConnection(code=1008, reason="Too many frames."))
-            if isinstance(event, Message):
+                await self.report(Violation(1008, "You sent too many pings or fragments."))
+            elif isinstance(event, Message):
                 if self.buffer.length + len(event.data) > self.buffer.max_length:
-                    return await self.drop(CloseConnection(code=1009, reason="Too large."))
+                    await self.report(Violation(1009, "That frame was too large."))
+                    continue
                 self.buffer.extend(event)
                 if event.message_finished:
                     await self.app_put(self.buffer.to_message())
@@ -322,8 +463,10 @@ class Stream(ws_stream.WSStream):
             elif isinstance(event, Ping):
                 await self._send_wsproto_event(event.response())
             elif isinstance(event, CloseConnection):
-                return await self.drop(event.response())
+                await self._send_wsproto_event(event.response())
+                await self.send(StreamClosed(stream_id=self.stream_id))
 
-    async def drop(self, close: CloseConnection) -> None:
-        await self._send_wsproto_event(close)
-        await self.send(StreamClosed(stream_id=self.stream_id))
+    async def report(self, violation: Violation) -> None:
+        self.broken = True
+        self.buffer.clear()
+        await self.app_put({"type": "websocket.receive", "bytes": violation})
