@@ -1,10 +1,11 @@
-// The browser's half of the chat. htmx keeps the WebSocket open and puts what arrives into the page;
-// this file says who we are, sends what we write until it has been confirmed, and tells the truth
-// about the connection. What makes the page pleasant is in page.js; the chat works without it.
+// The browser's half of the chat. It opens the WebSocket, says who we are, sends what we write until
+// it has been confirmed, and tells the truth about the connection. What arrives are fragments of
+// HTML, which htmx puts into the page. What makes it pleasant is in read.js and page.js.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
 const chat = $("chat"), text = $("text");
+const KEYBOARD = !matchMedia("(pointer: coarse)").matches; // on glass, focus would bring one up
 
 // One tab is one member: sessionStorage survives a reload and is not shared with other tabs. Where it
 // is forbidden or full, all goes on until the next reload.
@@ -23,124 +24,160 @@ const store = {
   },
 };
 
-// All scripts have come. On a slow line htmx may have looked at the page before hx-ws was there.
-const ready = new Promise((resolve) => document.addEventListener("DOMContentLoaded", resolve));
-ready.then(() => htmx.process(chat));
-let connection; // htmx's own: its socket, and when it tries again
-let joined = false; // the server has welcomed us on this connection
-let me = store.get("me"); // {member, token}
-let last = 0; // seq of the newest entry shown
-let unsent = store.get("unsent") || []; // [{id, text}], the oldest first
-let inFlight = null; // id of the one that waits for its echo
-let heard = Date.now(), spoke = Date.now();
+let me = store.get("me"); // {member, token}, once the server has welcomed us
 let wanted = ""; // the name that we have asked for
-let greeted = false; // hello has been said on this connection
+let last = 0; // seq of the newest entry shown
 const shown = new Set(); // "member id" of messages shown, for those posted again after a restart
 
-// ── The connection ──
+// ── The state ──
+// outside ─▶ entering ───▶ connected ◀─▶ reconnecting    From each of them to closed, for good; and
+//            connecting ───▲ (a reload: with a token)     back outside if the server does not want us.
 
-const FINAL = {
-  1000: "You have left this room.",
-  1009: "A message was too large, so the server has ended the connection.",
-  4401: "The server has restarted, and no longer knows this room.", // or us, but not after a reload
-  4404: "This room has closed.",
-  4409: "You have opened this chat in another tab, and it goes on there.",
-};
+const is = (...names) => names.includes(chat.dataset.state);
+let lasting = ""; // the sentence that belongs to the state
+let telling; // the timer of one that does not
 
 function state(name, sentence = "") {
   chat.dataset.state = name;
-  $("status").textContent = name === "closed" ? "" : sentence;
-  if (name !== "closed") return;
-  $("why").textContent = sentence;
-  $("over").querySelector("button").focus(); // the box has gone, and the focus with it
+  say(sentence);
 }
+
+function say(sentence) {
+  clearTimeout(telling);
+  $("status").textContent = lasting = sentence;
+}
+
+// Say for a moment what changes nothing, over the sentence that stays.
+function tell(sentence) {
+  clearTimeout(telling);
+  $("status").textContent = sentence;
+  telling = setTimeout(() => say(lasting), 3000);
+}
+
+// ── The connection ──
+
+let socket = null; // the one that counts; an older one is no longer listened to
+let tries = 0, timer = 0, retryAt = 0; // since we were connected; when the next one is due
+let heard = Date.now(), spoke = Date.now();
 
 function dial() {
-  state(me ? "connecting" : "outside", "Connecting…");
-  ready.then(() => chat.dispatchEvent(new Event("dial")));
+  if (!window.htmx) return; // on a slow line it comes after us; DOMContentLoaded will dial
+  clearTimeout(timer);
+  retryAt = 0;
+  heard = Date.now();
+  socket = new WebSocket(`${location.origin.replace("http", "ws")}/r/${chat.dataset.code}/ws`);
+  socket.onopen = hello;
+  socket.onmessage = ({ data }) => arrive(data);
+  socket.onclose = ({ code, reason }) => closed(code, reason);
+  chat.dispatchEvent(new CustomEvent("dial", { detail: socket })); // for the wire view
 }
 
-// A socket can be dead without knowing it, after a sleep or in another network. Tell htmx in its
-// stead, and htmx connects again, soon. The old socket must then neither open nor close once more.
-function redial() {
-  if (!connection?.socket || connection.abortController.signal.aborted) return;
-  if (chat.dataset.state === "closed") return;
-  clearTimeout(connection.timer);
-  connection.attempt = 0;
-  connection.socket.dispatchEvent(new CloseEvent("close", { code: 1006 }));
-  connection.abortController.abort();
-  connection.socket.close();
+function hello() {
+  send({ hello: me ? { token: me.token, after: last } : { name: wanted } });
 }
 
 function send(frame) {
-  if (connection?.socket?.readyState !== WebSocket.OPEN) return false;
-  connection.socket.send(JSON.stringify(frame));
+  if (socket?.readyState !== WebSocket.OPEN) return false;
+  socket.send(JSON.stringify(frame));
   spoke = Date.now();
   return true;
 }
 
-function hello() {
-  if (greeted || !(me || wanted)) return;
-  greeted = send({ hello: me ? { token: me.token, after: last } : { name: wanted } });
+function letGo() {
+  if (socket) socket.onopen = socket.onmessage = socket.onclose = null;
 }
 
-chat.addEventListener("htmx-ws-before-connection", (event) => {
-  if (chat.dataset.state === "closed") event.preventDefault(); // htmx would connect again on 1000
-  connection = event.detail.connection;
-  heard = Date.now();
-});
-
-chat.addEventListener("htmx-ws-after-connection", async () => {
-  clearTimeout(connection.timer);
-  joined = greeted = false;
+// Each try waits about twice as long as the one before. By chance, or after a restart of the server
+// all would come in the same moment.
+function lost() {
+  if (is("outside", "closed")) return;
+  const where = navigator.onLine ? "Connection lost." : "You are offline.";
+  state(me ? "reconnecting" : "entering", `${where} Reconnecting…`);
   inFlight = null;
-  connection.socket.addEventListener("close", ({ code, reason }) => {
-    if (chat.dataset.state === "closed" && !FINAL[code] && reason) $("why").textContent = reason;
-    if (chat.dataset.state === "outside") $("unusable").textContent ||= reason;
-  });
-  if (chat.dataset.state === "outside") $("status").textContent = "";
-  await connection.receiving; // frames of the old connection first: they move `last`
-  if (chat.dataset.state === "closed") connection.socket.close();
-  else hello();
-});
+  const wait = Math.min(15_000, 500 * 2 ** tries) * (0.5 + Math.random() / 2);
+  tries += 1;
+  retryAt = Date.now() + wait;
+  clearTimeout(timer);
+  timer = setTimeout(dial, wait);
+}
 
-chat.addEventListener("htmx-ws-before-message-incoming", () => {
-  heard = Date.now();
-  // The server's heartbeat sets the pace of ours, because timers stand still in a hidden tab.
-  if (joined && heard - spoke > 750 * chat.dataset.beat) send({ here: last });
-});
+// A socket can be dead without knowing it, after a sleep or in another network.
+function redial() {
+  if (is("outside", "closed")) return;
+  letGo();
+  socket?.close();
+  tries = 0;
+  lost();
+  dial();
+}
 
-chat.addEventListener("htmx-ws-close", (event) => {
-  const { code } = event.detail;
-  joined = false;
-  if (!code || chat.dataset.state === "closed") return;
-  if (connection.config.reconnectCodes.includes(code))
-    return state(me ? "reconnecting" : "outside", "Connection lost. Reconnecting…");
+function closed(code, reason) {
+  if (!chat.dataset.final.split(" ").includes(String(code))) return lost();
   if (code === 1008 || code === 1009) takeBack(inFlight); // or it would be sent, and closed on, again
-  if (code === 4401 || code === 4404) store.set("me", (me = null));
-  if ((code === 4401 && !last) || (code === 1008 && !me)) return state("outside");
-  state("closed", FINAL[code] || "The server has ended the connection.");
-});
+  const stranger = !me || (code === 4401 && !last); // the form, with the reason, is the way on
+  if ([4401, 4403, 4404].includes(code)) store.set("me", (me = null));
+  if (!stranger) return end(code, reason);
+  state("outside");
+  $("unusable").textContent = reason;
+}
+
+const ENDS = {
+  1000: "You have left this room.",
+  4401: "The server has restarted, and no longer knows this room.",
+};
+
+function end(code, reason) {
+  letGo();
+  clearTimeout(timer);
+  state("closed");
+  $("why").textContent = ENDS[code] || reason || "The server has ended the connection.";
+  const texts = [...unsent.map((message) => message.text), text.value];
+  $("rest").value = texts.filter(Boolean).join("\n"); // to be copied: nothing else will become of it
+  $("again").textContent = code === 4409 ? "Go on here" : "Enter again";
+  $(code === 4409 ? "again" : "save").focus(); // the box has gone, and the focus with it
+}
 
 setInterval(() => {
-  const alive = connection && connection.socket?.readyState !== WebSocket.CLOSED;
-  if (alive && Date.now() - heard > 1500 * chat.dataset.beat) redial();
+  if (socket?.readyState < WebSocket.CLOSED && Date.now() - heard > 1500 * chat.dataset.beat) redial();
 }, 5000);
-addEventListener("online", redial);
+for (const change of ["online", "offline"]) addEventListener(change, redial);
+$("retry").addEventListener("click", redial);
 document.addEventListener("visibilitychange", () => {
-  if (!document.hidden && chat.dataset.state === "reconnecting") redial();
+  if (!document.hidden && is("reconnecting")) redial();
 });
-addEventListener("pagehide", () => send({ bye: true }));
+addEventListener("pagehide", () => is("outside") || send({ bye: true }));
 addEventListener("pageshow", (event) => event.persisted && location.reload());
 
 // ── What arrives ──
 
+function arrive(data) {
+  heard = Date.now();
+  // The server's heartbeat sets the pace of ours, because timers stand still in a hidden tab.
+  if (is("connected") && heard - spoke > 750 * chat.dataset.beat) send({ here: last });
+  htmx.swap({ sourceElement: chat, target: "#log", swap: "beforeend", text: data });
+}
+
+// htmx has made elements of a frame, and is about to put them into the page: the moment to read what
+// they mean for us, and to take out what has been shown already.
+chat.addEventListener("htmx:before:swap", ({ detail }) => {
+  for (const { fragment, target } of detail.tasks) {
+    if (target === $("unusable")) state("outside");
+    for (const node of fragment.querySelectorAll("[data-token], [data-verdict], [data-seq]")) {
+      if (node.dataset.token) welcome(node.dataset);
+      else if (node.dataset.verdict) verdict(node.dataset, node.textContent);
+      else entry(node);
+    }
+  }
+});
+
 function welcome(them) {
   store.set("me", (me = { member: them.member, token: them.token }));
-  joined = true;
-  const entered = chat.dataset.state === "outside";
+  const entered = is("entering"), loaded = is("connecting");
+  tries = 0;
   state("connected");
-  if (entered) text.focus();
+  if (!entered && !loaded) tell("Connected again.");
+  if (entered || (loaded && KEYBOARD)) text.focus();
+  showUnsent(); // anew, and so is the patience with which page.js waits for the echo
   pump();
 }
 
@@ -159,46 +196,35 @@ function entry(li) {
 
 function verdict({ id, verdict }, why) {
   if (verdict === "confirmed") return settle(id);
-  $("status").textContent = why;
-  if (verdict === "refused") return takeBack(id);
-  setTimeout(() => {
-    if (inFlight === id) inFlight = null;
-    pump();
-  }, 1000);
+  takeBack(id);
+  tell(why);
+}
+
+// ── What we write ──
+
+let unsent = store.get("unsent") || []; // [{id, text}], the oldest first
+let inFlight = null; // id of the one that waits for its echo
+
+// One message at a time, the next when the echo of this one has come ("stop and wait"): our messages
+// keep their order whatever the network or the server's limits do to one of them.
+function pump() {
+  if (!is("connected") || inFlight || !unsent.length) return;
+  const { id, text } = unsent[0];
+  if (send({ say: text, id })) inFlight = id;
+}
+
+function settle(id) {
+  unsent = unsent.filter((message) => message.id !== id);
+  if (inFlight === id) inFlight = null;
+  showUnsent();
+  pump();
 }
 
 // Put a message that was not wanted back into the box, to be changed.
 function takeBack(id) {
   const message = unsent.find((message) => message.id === id);
   if (message) write([message.text, text.value].filter(Boolean).join("\n"));
-  settle(id, $("status").textContent);
-}
-
-new MutationObserver((records) => {
-  const nodes = records.flatMap((record) => [...record.addedNodes]).filter((node) => node.dataset);
-  for (const node of nodes) {
-    if (node.dataset.token) welcome(node.dataset);
-    else if (node.dataset.verdict) verdict(node.dataset, node.textContent);
-    else if (node.dataset.seq) entry(node);
-  }
-}).observe(chat, { childList: true, subtree: true });
-
-// ── What we write ──
-
-// One message at a time, the next when the echo of this one has come ("stop and wait"): our messages
-// keep their order whatever the network or the server's limits do to one of them.
-function pump() {
-  if (!joined || inFlight || !unsent.length) return;
-  const { id, text } = unsent[0];
-  if (send({ say: text, id })) inFlight = id;
-}
-
-function settle(id, status = "") {
-  if (chat.dataset.state === "connected") $("status").textContent = status;
-  unsent = unsent.filter((message) => message.id !== id);
-  if (inFlight === id) inFlight = null;
-  showUnsent();
-  pump();
+  settle(id);
 }
 
 function showUnsent() {
@@ -220,7 +246,7 @@ function write(value) {
 
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (!text.value.trim() || chat.dataset.state === "closed") return;
+  if (!text.value.trim() || is("closed")) return;
   const id = [...crypto.getRandomValues(new Uint8Array(12))].map((byte) => byte.toString(36)).join("");
   const said = text.value.normalize("NFC"); // what the counter counts; others need more bytes
   unsent.push({ id, text: said.toWellFormed?.() ?? said }); // half an emoji is no text
@@ -228,40 +254,27 @@ $("composer").addEventListener("submit", (event) => {
   showUnsent();
   pump();
 });
-text.addEventListener("input", () => store.set("draft", text.value));
-text.addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return; // composing: 你好, not a send
-  if (event.keyCode === 229) return; // how Safari says the same
-  event.preventDefault();
-  $("composer").requestSubmit();
-});
 
 $("join").addEventListener("submit", (event) => {
   event.preventDefault();
+  if (!is("outside")) return; // Enter was pressed twice
   wanted = $("name").value;
-  if ($("unusable").textContent) greeted = false; // that name was refused: here is another
   $("unusable").textContent = "";
-  if (connection?.socket?.readyState === WebSocket.OPEN) hello();
+  state("entering", "Connecting…");
+  if (socket?.readyState === WebSocket.OPEN) hello();
   else dial();
 });
-$("leave").addEventListener("click", () => {
-  send({ leave: true }); // if this is lost, the server notices that we do not come back
-  clearTimeout(connection?.timer);
-  store.set("me", (me = null));
-  state("closed", FINAL[1000]);
-});
 
-text.value = store.get("draft") || "";
+function leave() {
+  if (!send({ leave: true })) socket?.close(); // the server will notice that we do not come back
+  store.set("me", (me = null));
+  end(1000);
+}
+$("leave").addEventListener("click", leave);
+$("again").addEventListener("click", () => location.reload());
+
 showUnsent();
 $("join").querySelector("button").disabled = false; // until now Enter would have been the browser's own
-if (me) dial();
-else $("name").focus();
-
-// The wire view is for those who ask for it, and so is its script.
-$("wire-open").onclick = function load({ currentTarget: button }) {
-  const { src } = button.dataset;
-  const script = Object.assign(document.createElement("script"), { src });
-  script.onerror = () => (button.onclick = load); // to be asked for again
-  button.onclick = null;
-  document.head.append(script);
-};
+state(me ? "connecting" : "outside", me ? "Connecting…" : "");
+if (!me) $("name").focus();
+addEventListener("DOMContentLoaded", () => is("connecting", "entering") && dial());

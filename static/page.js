@@ -1,93 +1,21 @@
-// What makes the page pleasant: reading, writing, inviting, taking the talk home. It looks at what
-// chat.js, which comes first, has put into the page, and says who is typing; the chat works without it.
+// What makes the page pleasant beside reading: writing, people, inviting. From chat.js it has $, chat,
+// text, me, store, is, send, say, tell and leave, from read.js all, arrivals, element and hidden.
 "use strict";
-
-const log = $("log"), scroller = $("scroller");
-const link = location.origin + location.pathname;
-const title = document.title;
-
-// ── Reading ──
-
-const KEPT = 500; // entries in the page: browsers get slow with thousands
-const MINUTES_OF_A_GROUP = 5;
-const removed = []; // lines of the transcript whose entries are no longer in the page
-let atEnd = true; // the reader is at the end of the log, which then follows what is new
-let unread = 0; // messages that came while nobody looked
-const unreadLine = document.createElement("li");
-unreadLine.className = "unread";
-unreadLine.textContent = "New";
-unreadLine.ariaHidden = true;
-
-function arrange(li) {
-  const time = li.querySelector("time"), before = li.previousElementSibling;
-  if (!time) return; // a gap
-  const when = (li.when = new Date(time.dateTime));
-  time.textContent = when.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
-  time.title = li.title = when.toLocaleString();
-  const { from } = li.dataset;
-  if (!from) return;
-  const close = when - before?.when < MINUTES_OF_A_GROUP * 60_000;
-  li.classList.toggle("more", close && before.dataset.from === from);
-  document.querySelector(`[data-typing="${from}"]`)?.remove();
-  if (from === me?.member || (atEnd && !document.hidden)) return;
-  if (!unread) {
-    li.before(unreadLine);
-    li.classList.remove("more"); // below the line the name is needed again
-  }
-  unread += 1;
-}
-
-function toEnd() {
-  atEnd = true;
-  unread = 0;
-  follow();
-}
-
-function follow(move = true) {
-  if (atEnd && move) {
-    const end = scroller.scrollHeight - scroller.clientHeight;
-    const start = unread ? unreadLine.offsetTop : end; // not past what nobody has read
-    scroller.scrollTop = Math.min(end, start);
-    atEnd = start >= end;
-  }
-  if (atEnd && !document.hidden) unread = 0;
-  $("new").hidden = atEnd || !unread;
-  $("new").textContent = `${unread} new`;
-  document.title = (unread ? `(${unread}) ` : "") + title;
-}
-
-new MutationObserver((records) => {
-  const nodes = records.flatMap((record) => [...record.addedNodes]);
-  // What had been shown before, chat.js has taken out again by now.
-  nodes.filter((node) => node.isConnected && node.dataset?.seq).forEach(arrange);
-  while (log.children.length > (atEnd ? KEPT : 4 * KEPT)) {
-    const oldest = log.firstElementChild;
-    if (oldest !== unreadLine) removed.push(line(oldest));
-    oldest.remove();
-    $("bounds").textContent = "Earlier messages are no longer shown here. They are in the transcript.";
-  }
-  follow();
-  setTimeout(() => ($("live").ariaLive = "polite"), 1000); // the history has been put in
-}).observe(log, { childList: true });
-new MutationObserver(() => follow()).observe($("unsent"), { childList: true });
-new ResizeObserver(() => follow()).observe(scroller);
-
-scroller.addEventListener("scroll", () => {
-  atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 50;
-  follow(false); // or a key, which moves it by less, could never leave the end
-});
-document.addEventListener("visibilitychange", () => follow());
-$("new").addEventListener("click", () => {
-  toEnd();
-  scroller.focus(); // the button goes, and the focus with it
-});
 
 // ── Writing ──
 
 const TYPING_TELLS = 3000, TYPING_LASTS = 6000; // milliseconds; an end needs no frame, and cannot get lost
 let told = 0;
 
+text.value = store.get("draft") || "";
+text.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return; // composing: 你好, not a send
+  if (event.keyCode === 229 || !KEYBOARD) return; // 229: how Safari says the same
+  event.preventDefault();
+  $("composer").requestSubmit();
+});
 text.addEventListener("input", () => {
+  store.set("draft", text.value);
   const length = [...text.value.normalize("NFC")].length, most = Number(text.dataset.most);
   text.setCustomValidity(length > most ? `${length - most} characters too many. Please send it in parts.` : "");
   $("counter").textContent = length > 0.9 * most ? `${length} of ${most} characters` : "";
@@ -95,7 +23,7 @@ text.addEventListener("input", () => {
     text.style.height = "auto";
     text.style.height = `${text.scrollHeight + 2}px`;
   }
-  if (!text.value || !joined || Date.now() - told < TYPING_TELLS) return;
+  if (!text.value || !is("connected") || Date.now() - told < TYPING_TELLS) return;
   told = Date.now();
   send({ typing: true });
 });
@@ -103,60 +31,131 @@ $("composer").addEventListener("submit", () => {
   told = 0;
   toEnd();
 });
+
+// Say why there is no echo: either nothing comes from the server, or it is kept busy by us.
+let patience;
+new MutationObserver(() => {
+  clearTimeout(patience);
+  if (is("connected") && lasting) say(""); // it was late, and has come
+  if (inFlight) patience = setTimeout(late, 5000, heard);
+}).observe($("unsent"), { childList: true });
+
+function late(before) {
+  if (!inFlight || !is("connected")) return;
+  const busy = "There were many messages from you, so they are being read more slowly.";
+  say(heard > before ? busy : "Waiting for the network…");
+}
+
+$("send").addEventListener("mousedown", (event) => event.preventDefault()); // or the keyboard would close
 new MutationObserver((records) => {
-  for (const node of records.flatMap((record) => [...record.addedNodes])) {
+  for (const node of arrivals(records)) {
     const member = node.dataset.typing;
-    for (const old of document.querySelectorAll(`[data-typing="${member}"]`))
-      if (old !== node || member === me?.member) old.remove();
+    for (const old of all(`[data-typing="${member}"]`))
+      if (old !== node || member === me?.member || hidden.has(member)) old.remove();
     setTimeout(() => node.remove(), TYPING_LASTS);
   }
 }).observe($("typing"), { childList: true });
 
+// ── People ──
+
+function ask(question, answers) {
+  $("question").textContent = question;
+  const buttons = Object.entries({ ...answers, Cancel: null }).map(([label, act]) => {
+    const button = element("button", label, { type: "button" });
+    button.onclick = () => {
+      $("ask").close(); // first: it puts the focus back
+      act?.();
+    };
+    return button;
+  });
+  $("answers").replaceChildren(...buttons);
+  $("ask").showModal();
+}
+
+// You first, the others by name. Each of them can be hidden by anybody, and removed by the host.
+const people = new MutationObserver(() => {
+  const host = $("people").querySelector("[data-host]")?.dataset.member === me?.member;
+  const key = (li) => (li.dataset.member === me?.member ? "" : li.innerText.toLowerCase());
+  const items = [...$("people").children].sort((a, b) => key(a).localeCompare(key(b)));
+  for (const li of items) {
+    const mine = li.dataset.member === me?.member;
+    const marks = [mine && "you", "host" in li.dataset && "host", hidden.has(li.dataset.member) && "hidden"];
+    if (marks.some(Boolean)) li.append(element("span", ` (${marks.filter(Boolean).join(", ")})`));
+    if (!mine) li.append(menu(li, host));
+  }
+  $("people").replaceChildren(...items);
+  $("lock").hidden = !host;
+  $("locked").hidden = !$("count").querySelector("[data-locked]");
+  $("lock").setAttribute("aria-pressed", !$("locked").hidden);
+  invite();
+  people.takeRecords(); // of what we have done here
+});
+people.observe($("people"), { childList: true });
+
+function menu(li, host) {
+  const { member } = li.dataset, name = li.querySelector(".who").textContent;
+  const button = element("button", "⋯", { type: "button" });
+  button.setAttribute("aria-label", `${name}: hide${host ? " or remove" : ""}`);
+  button.onclick = () => {
+    const answers = { [hidden.has(member) ? "Show their messages" : "Hide their messages, for me"]: () => hide(member) };
+    if (host) answers["Remove from the room"] = () => send({ remove: member });
+    ask(name, answers);
+  };
+  return button;
+}
+
+function hide(member) {
+  if (!hidden.delete(member)) hidden.add(member);
+  store.set("hidden", [...hidden]);
+  for (const li of all(`[data-from="${member}"]`)) li.hidden = hidden.has(member);
+  tell(hidden.has(member) ? "You do not see their messages any more." : "You see their messages again.");
+}
+
+$("lock").addEventListener("click", () => send({ lock: !pressed($("lock")) }));
+$("leave").addEventListener(
+  "click",
+  (event) => {
+    if ($("people").children.length !== 1) return;
+    event.stopImmediatePropagation(); // chat.js would leave at once
+    ask("You are the last one here: if you leave, the room closes, and what was said is gone.", { Leave: leave });
+  },
+  { capture: true },
+);
+
 // ── Inviting ──
+
+// An empty room is an invitation.
+function invite() {
+  $("empty").hidden = $("people").children.length !== 1 || log.querySelector(".message") !== null;
+}
 
 async function copy() {
   try {
-    await navigator.clipboard.writeText(link);
+    await navigator.clipboard.writeText($("link").textContent);
   } catch {
     // Without https there is no clipboard, but the old way of copying what is selected.
     if (!$("invite").open) $("invite").showModal();
-    $("link").select();
+    getSelection().selectAllChildren($("link"));
     if (!document.execCommand("copy")) return ($("copied").textContent = "Copy the link that is marked.");
   }
-  $("copied").textContent = $("status").textContent = "The link is copied.";
+  $("copied").textContent = "The link is copied.";
+  tell("The link is copied.");
 }
-for (const button of document.querySelectorAll(".copy")) button.addEventListener("click", copy);
-$("link").value = link;
+for (const button of all(".copy")) button.addEventListener("click", copy);
 $("open-invite").addEventListener("click", () => $("invite").showModal());
 $("close-invite").addEventListener("click", () => $("invite").close());
+$("invite").addEventListener("close", () => ($("copied").textContent = ""));
 $("share").hidden = !navigator.share;
-$("share").addEventListener("click", () => navigator.share({ title, url: link }).catch(() => {}));
-$("qr").addEventListener("click", () => $("invite").classList.toggle("full"));
-$("invite").addEventListener("close", () => {
-  $("invite").classList.remove("full");
-  $("copied").textContent = "";
-});
+$("share").addEventListener("click", () => navigator.share({ title, url: $("link").textContent }).catch(() => {}));
 
-// ── Taking it home ──
-
-function line(li) {
-  const when = li.when && `[${li.when.toLocaleString("sv")}] `; // 2026-11-23 14:05:09
-  if (!li.dataset.from) return `${when ?? ""}* ${li.firstChild.textContent}`;
-  return `${when}${li.querySelector(".who").textContent}: ${li.querySelector(".text").textContent}`;
-}
-
-function save() {
-  const entries = [...log.children].filter((li) => li !== unreadLine).map(line);
-  const texts = [...unsent.map((message) => message.text), text.value].filter(Boolean);
-  const waiting = texts.map((text) => `[not sent] ${text}`);
-  const file = new Blob([[...removed, ...entries, ...waiting, ""].join("\n")], { type: "text/plain" });
-  const anchor = document.createElement("a");
-  anchor.href = URL.createObjectURL(file);
-  anchor.download = `${title}, ${new Date().toLocaleDateString("sv")}.txt`;
-  anchor.click();
-  setTimeout(() => URL.revokeObjectURL(anchor.href), 1000);
-}
-for (const button of document.querySelectorAll(".save")) button.addEventListener("click", save);
+// The wire view is for those who ask for it, and so is its script.
+$("wire-open").onclick = function load({ currentTarget: button }) {
+  const { src } = button.dataset;
+  const script = element("script", "", { src });
+  script.onerror = () => (button.onclick = load); // to be asked for again
+  button.onclick = null;
+  document.head.append(script);
+};
 
 $("presence").open = innerWidth > 700;
-text.dispatchEvent(new Event("input")); // the draft, which chat.js has put there
+text.dispatchEvent(new Event("input")); // the draft
