@@ -146,48 +146,6 @@ async def test_when_a_process_dies_its_rooms_move_and_no_other_notices(many, vis
             assert one.dialled == 1
 
 
-async def test_a_process_that_has_come_back_gets_no_rooms_until_a_reload(many, visit):
-    """Or those who come now would be in another room than those who have been there since.
-
-    nginx chooses for new connections only. With a short fail_timeout, whose network blinked after
-    the return of the process would be there alone, under the same code, the rest "reconnecting".
-    A reload ends all connections, so that all members of a room come back to the same process.
-    """
-    people = await rooms_on_all(many, visit)
-    ann, bob, cy = people.pop(0)
-    many.kill(0)
-    ann.says("moved")
-    for one in (ann, bob, cy):
-        await one.reads("one", "two", "gap", "moved")
-    many.start_again(0)
-    await asyncio.sleep(1)  # nginx counts in seconds
-    cy.loses_connection()
-    await cy.until(lambda visitor: visitor.dialled > 2)
-    dan = await visit(ann.code, "Dan")
-    for one in (ann, bob, cy):
-        await one.sees(*NAMES, "Dan")
-    cy.says("all-here")
-    await dan.reads("moved", "all-here")
-    assert health(many.servers[0])["connections"] == 0
-
-    before = {one: one.dialled for one in (ann, bob, cy, dan, *itertools.chain(*people.values()))}
-    many.reload()
-    for one, dialled in before.items():
-        await one.until(lambda visitor, dialled=dialled: visitor.dialled > dialled)
-    for one in (ann, bob, cy, dan):
-        await one.sees(*NAMES, "Dan")
-    assert health(many.servers[0])["connections"] == 4
-    dan.says("home")
-    await dan.reads("moved", "all-here", "gap", "home")
-    for one in (ann, bob, cy):
-        await one.reads("one", "two", "gap", "moved", "all-here", "gap", "home")
-    for others in people.values():  # their rooms have stayed, and their members resume
-        others[0].says("three")
-        for one in others:
-            await one.sees(*NAMES)
-            await one.reads("one", "two", "three")
-
-
 async def test_whoever_comes_after_a_crash_finds_the_few_who_were_there(many, visit):
     home = many.create_room("MANY22")
     ann = await visit("MANY22", "Ann")
