@@ -268,7 +268,7 @@ class Room:
     typing: set[Member] = field(default_factory=set)  # since the last hand-out
     presence_pending: bool = False
     presence_timer: asyncio.TimerHandle | None = None
-    timer: asyncio.TimerHandle | None = None  # of the next hand-out; None: the room is idle
+    timer: asyncio.TimerHandle | None = None  # of the next hand-out, or slice of one; None: idle
     locked: bool = False
     removed: set[str] = field(default_factory=set)  # ids of members who may not come back
 
