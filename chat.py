@@ -340,14 +340,14 @@ def hand_out(room: Room) -> None:
         if batch:
             here = [m.outbox for m in members if m.outbox and m not in entering]
             frames = sum(1 + len(frame) / FRAME_UNIT for frame in batch) * len(here)
-            deliver(room, batch, here, rest=frames / limits["FRAMES_PER_SECOND"])
+            deliver(room, batch, here, time.monotonic() + frames / limits["FRAMES_PER_SECOND"])
     except Exception:  # some may have it now, and others not: all of them resume
         log.exception("A hand-out failed")
         for member in list(room.members.values()):
             evict(member, "The server has made a mistake. Come back and resume.")
 
 
-def deliver(room: Room, batch: list[str], receivers: list[Outbox], rest: float) -> None:
+def deliver(room: Room, batch: list[str], receivers: list[Outbox], until: float) -> None:
     """Put a batch into outboxes, a few in each turn of the loop, so that other rooms get theirs.
 
     If one is full, evict its member rather than wait: waiting would make the room as slow as its
@@ -356,9 +356,9 @@ def deliver(room: Room, batch: list[str], receivers: list[Outbox], rest: float) 
     now, later_on = receivers[:OUTBOXES_AT_ONCE], receivers[OUTBOXES_AT_ONCE:]
     # Before it delivers, because to deliver can be to evict, and that is news.
     if later_on:
-        room.timer = later(0, deliver, room, batch, later_on, rest)
+        room.timer = later(0, deliver, room, batch, later_on, until)
     else:
-        room.timer = later(rest, hand_out, room)
+        room.timer = later(until - time.monotonic(), hand_out, room)
     size = sum(map(sys.getsizeof, batch))
     for outbox in now:
         if not outbox.add(batch, size) and outbox.member.outbox is outbox:
