@@ -44,8 +44,8 @@ import sys
 import time
 import unicodedata
 from collections import Counter, deque
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -61,10 +61,8 @@ try:
     from werkzeug.exceptions import HTTPException, NotFound
 
     import guards
-except ModuleNotFoundError as missing:
-    sys.exit(f"The package {missing.name} is missing. Install it: pip install -r requirements.txt")
-except ImportError as moved:  # something that guards.py needs
-    sys.exit(f"{moved.msg}. Install the right version: pip install -r requirements.txt")
+except ImportError as missing:  # a package, or in a package something that guards.py needs
+    sys.exit(f"{missing.msg}. Install what is needed: pip install -r requirements.txt")
 
 # ── Limits ── each can be set in the environment, as in CHAT_MEMBERS=40 python chat.py ───────────
 
@@ -75,7 +73,7 @@ SETTINGS = {  # the default, and what it limits
     "SHARE": (0.25, "seconds a second that one address may keep the server busy; then it waits"),
     "MEMBERS": (250, "members of a room"),
     "SOCKETS": (2_000, "connections in all"),
-    "SOCKETS_PER_ADDRESS": (250, "connections, and members, of one address: a class has one"),
+    "SOCKETS_PER_ADDRESS": (250, "connections, and joins in ten minutes, of one address"),
     "ROOMS": (1_000, "rooms"),
     "NEW_ROOMS": (30, "rooms that one address can create at once, and again in ten minutes"),
     "WRONG_CODES": (60, "wrong codes in ten minutes from one address"),
@@ -102,6 +100,7 @@ IDS_REMEMBERED = 128  # of each member; our page has one unconfirmed at a time
 FRAME_SIZE, FRAME_SIZE_FOR_ALL = 16_384, 131_072
 FRAME_UNIT = 262_144  # a frame of so many characters takes twice as long to send as a short one
 OUTBOXES_AT_ONCE = 50  # to send to so many takes about 5 ms
+CONNECTION = 0.0005  # seconds for which to make one keeps us busy where it is not measured
 PENDING_BYTES = 114_688  # while more waits in a room for its hand-out, its senders are not read
 
 CLOSE_CODES = {  # what they mean, and whether the page comes back by itself
@@ -110,10 +109,7 @@ CLOSE_CODES = {  # what they mean, and whether the page comes back by itself
     1009: ("that frame was too large", "no"),
     1011: ("the server has made a mistake", "yes"),
     1012: ("the server restarts", "yes"),
-    1013: (
-        "you were too slow or silent or late with hello, or it is full for now",
-        "yes, and resume",
-    ),
+    1013: ("you were too slow, silent, or one too many for now", "yes, and resume"),
     4401: ("this token is not for this room", "no, give a name again"),
     4403: ("you have been removed, or the room is locked", "no"),
     4404: ("there is no such room, or it has closed", "no"),
@@ -133,24 +129,19 @@ class Close(Exception):
 
 class Chat(Quart):
     async def handle_request(self, request):
-        """Answer a request when it is the turn of its address; see Share."""
-        async with turn(address(request)):
+        """Answer a request when it is the turn of its address."""
+        async with turn(address_of(request)):
             return await super().handle_request(request)
 
 
 app = Chat(__name__, static_folder=None)
 app.url_map.merge_slashes = False  # or `//` would be answered with a redirect to any Host
 limits = app.config
-limits["NETWORK"] = (
-    ""  # where others reach us, as in http://192.168.1.5:8000, if main listens to all
-)
+limits["NETWORK"] = ""  # as in http://192.168.1.5:8000, where others reach us: main sets it
 
 
 def read_settings() -> None:
-    """Take the settings from the environment; ValueError says which is not one, or cannot be."""
-    for variable in os.environ:
-        if variable.startswith("CHAT_") and variable.removeprefix("CHAT_") not in SETTINGS:
-            raise ValueError(f"{variable}, in the environment, is not a setting.")
+    """Take the settings from the environment; ValueError says which of them cannot be."""
     for name, (default, _) in SETTINGS.items():
         told = os.environ.get(f"CHAT_{name}", default)
         try:
@@ -192,10 +183,13 @@ class Allowance:
         self.tokens -= 1
         return True
 
-    def spend(self, tokens: float) -> float:
-        """Take tokens, also on credit; return the seconds until that is paid, for who has to wait."""
+    def spend(self, tokens: float) -> None:
+        """Take tokens, also on credit: for what is delayed until that is paid."""
         self.tokens = self.left() - tokens
-        return max(0, -self.tokens / self.rate)
+
+    def until_paid(self) -> float:
+        """Return the seconds until nothing is on credit any more."""
+        return max(0, -self.left() / self.rate)
 
 
 # ── State ── rooms and outboxes ──────────────────────────────────────────────────────────────────
@@ -208,8 +202,11 @@ class Outbox(asyncio.Queue):
         super().__init__()
         self.address = address
         self.bytes = 0  # of the batches that wait
-        self.heard = math.inf  # since when we wait for a frame; inf: it is we who do not read
-        self.room: Room | None = None  # both are set by enter
+        self.frames = Allowance(limits["RATE"], limits["BURST"])  # that it may send us
+        self.waiting_since: float | None = None  # for its next frame; None: we do not read it now
+        self.grace = limits["GRACE"]  # seconds to come back if it ends now
+        self.hung_up = False  # we have ended it, and do not act any more on what it says
+        self.room: Room | None = None  # these two are set by enter
         self.member: Member | None = None
 
     def add(self, batch: list[str], size: int) -> bool:
@@ -220,9 +217,10 @@ class Outbox(asyncio.Queue):
         self.put_nowait((batch, size))
         return True
 
-    def hang_up(self, close: Close) -> None:
+    def hang_up(self, code: int, reason: str) -> None:
         """Have the relay end the connection, after what waits."""
-        self.put_nowait((close, 0))
+        self.hung_up = True
+        self.put_nowait((Close(code, reason), 0))
 
     def clear(self) -> None:
         while not self.empty():
@@ -242,9 +240,9 @@ class Member:
     token: str  # proves, after a lost connection or a restart, that this is the same member
     address: str
     hue: int  # of its name, 0 to 15: the least used in its room
+    frames: Allowance  # that it may send us: of its first connection, so that none refills it
     outbox: Outbox | None = None  # None while reconnecting
     grace: asyncio.TimerHandle | None = None  # runs while reconnecting
-    frames: Allowance = field(default_factory=lambda: Allowance(limits["RATE"], limits["BURST"]))
     posted: deque[int] = field(default_factory=lambda: deque(maxlen=IDS_REMEMBERED))  # ids, hashed
 
 
@@ -254,8 +252,8 @@ class Room:
     birth: int  # in milliseconds; stands in the tokens: opened again later it is another room
     seq: int  # of the latest entry
     forgotten: int  # seq of the latest message that is no longer in the history
-    unentered: asyncio.TimerHandle  # closes the room unless somebody enters
     creator: str = ""  # address of who has opened it
+    unentered: asyncio.TimerHandle | None = None  # closes the room unless somebody enters
     members: dict[str, Member] = field(default_factory=dict)  # the first is the host
     history: deque[tuple[int, str]] = field(default_factory=deque)  # messages with their seqs
     history_bytes: int = 0
@@ -266,9 +264,8 @@ class Room:
     pending_bytes: int = 0
     entering: dict[Member, tuple] = field(default_factory=dict)  # who waits for a snapshot
     typing: set[Member] = field(default_factory=set)  # since the last hand-out
-    presence_pending: bool = False
-    presence_timer: asyncio.TimerHandle | None = None
-    timer: asyncio.TimerHandle | None = None  # of the next hand-out, or slice of one; None: idle
+    timer: asyncio.TimerHandle | None = None  # of the next step of a hand-out; None: it is idle
+    presence: asyncio.TimerHandle | None = None  # of the list of members, if that has changed
     locked: bool = False
     removed: set[str] = field(default_factory=set)  # ids of members who may not come back
 
@@ -332,48 +329,26 @@ def hand_out(room: Room) -> None:
     behind, because a frame costs a wake-up and a system call, however little is in it.
     """
     room.timer = None
+    entering, room.entering = room.entering, {}
     try:
         batch = list(in_frames(take_pending(room), FRAME_SIZE_FOR_ALL))
-        members, entering, room.entering = list(room.members.values()), room.entering, {}
         for member, (after, restarted) in entering.items():
             give_snapshot(room, member, after, restarted)
         if batch:
-            here = [m.outbox for m in members if m.outbox and m not in entering]
+            here = [m.outbox for m in room.members.values() if m.outbox and m not in entering]
             frames = sum(1 + len(frame) / FRAME_UNIT for frame in batch) * len(here)
             deliver(room, batch, here, time.monotonic() + frames / limits["FRAMES_PER_SECOND"])
     except Exception:  # some may have it now, and others not: all of them resume
         log.exception("A hand-out failed")
-        for member in list(room.members.values()):
-            evict(member, "The server has made a mistake. Come back and resume.")
-
-
-def deliver(room: Room, batch: list[str], receivers: list[Outbox], until: float) -> None:
-    """Put a batch into outboxes, a few in each turn of the loop, so that other rooms get theirs.
-
-    If one is full, evict its member rather than wait: waiting would make the room as slow as its
-    slowest member, and without a bound one dead phone would eat the memory.
-    """
-    now, later_on = receivers[:OUTBOXES_AT_ONCE], receivers[OUTBOXES_AT_ONCE:]
-    # Before it delivers, because to deliver can be to evict, and that is news.
-    if later_on:
-        room.timer = later(0, deliver, room, batch, later_on, until)
-    else:
-        room.timer = later(until - time.monotonic(), hand_out, room)
-    size = sum(map(sys.getsizeof, batch))
-    for outbox in now:
-        if not outbox.add(batch, size) and outbox.member.outbox is outbox:
-            evict(outbox.member, "You were too slow. Come back and resume.")
+        for outbox in [member.outbox for member in room.members.values() if member.outbox]:
+            evict(outbox, "The server has made a mistake. Come back and resume.")
 
 
 def take_pending(room: Room) -> list[str]:
-    """Return the entries that wait, the list of members if it has changed, and who is typing."""
+    """Return what is pending, and who is typing."""
     news, room.pending, room.pending_bytes = room.pending, [], 0
-    members = list(room.members.values())
-    if room.presence_pending and members:
-        news.append(str(fragments.presence(members, members[0], room.locked)))
     if room.typing:  # news for a moment only: neither numbered nor remembered. Four are a crowd
         news.append(str(fragments.typing(list(room.typing)[:4])))
-    room.presence_pending = False
     room.typing.clear()
     return news
 
@@ -405,26 +380,48 @@ def give_snapshot(room: Room, member: Member, after: int, restarted: bool) -> No
     snapshot = in_frames([str(fragments.welcome(member)), *gap, *missed], FRAME_SIZE)
     if member.outbox:
         member.outbox.add(list(snapshot), 0)  # not counted, or a long history would evict it
+    show_presence(room)
 
 
-def evict(member: Member, why: str) -> None:
+def deliver(room: Room, batch: list[str], receivers: list[Outbox], rested: float) -> None:
+    """Put a batch into outboxes, a few in each turn of the loop, so that other rooms get theirs.
+
+    If one is full, evict its member rather than wait: waiting would make the room as slow as its
+    slowest member, and without a bound one dead phone would eat the memory.
+    """
+    now, later_on = receivers[:OUTBOXES_AT_ONCE], receivers[OUTBOXES_AT_ONCE:]
+    # The timer is set first, because to deliver can be to evict, and that is news.
+    if later_on:
+        room.timer = later(0, deliver, room, batch, later_on, rested)
+    else:
+        room.timer = later(rested - time.monotonic(), hand_out, room)
+    size = sum(map(sys.getsizeof, batch))
+    for outbox in now:
+        if not outbox.hung_up and not outbox.add(batch, size):
+            evict(outbox, "You were too slow. Come back and resume.")
+
+
+def evict(outbox: Outbox, why: str) -> None:
     """End a connection that has missed something; its member comes back, and resumes."""
-    if outbox := member.outbox:
-        outbox.clear()  # all of it: a hole in the middle would be taken for the whole
-        outbox.hang_up(Close(1013, why))
-        lose(outbox, limits["GRACE"])
+    outbox.clear()  # all of it: a hole in the middle would be taken for the whole
+    outbox.hang_up(1013, why)
+    lose(outbox)
 
 
 def show_presence(room: Room) -> None:
     """Have the list of members shown soon: it goes to all and names all, so it has its own pace."""
-    if not room.presence_timer:
-        room.presence_timer = later(len(room.members) / 500, presence_is_due, room)
+    if not room.presence:
+        room.presence = later(len(room.members) / 500, add_presence, room)
 
 
-def presence_is_due(room: Room) -> None:
-    room.presence_timer = None
-    room.presence_pending = True
-    wake(room)
+def add_presence(room: Room) -> None:
+    room.presence = None
+    if members := list(room.members.values()):
+        room.pending.append(str(fragments.presence(members, members[0], room.locked)))
+        wake(room)
+
+
+# ── Coming and going ─────────────────────────────────────────────────────────────────────────────
 
 
 def open_room(code: str, birth: int = 0) -> Room:
@@ -438,15 +435,14 @@ def open_room(code: str, birth: int = 0) -> Room:
         if not unentered:
             raise Close(4503, "There are too many rooms. Try again later.")
         close_room(unentered)
-    seq = time.time_ns() // 1_000_000
-    room = rooms[code] = Room(
-        code, birth or seq, seq, seq, later(UNENTERED, lambda: close_room(room))
-    )
+    now = time.time_ns() // 1_000_000
+    room = rooms[code] = Room(code, birth or now, seq=now, forgotten=now)
+    room.unentered = later(UNENTERED, close_room, room)
     return room
 
 
 def close_room(room: Room) -> None:
-    for timer in (room.unentered, room.timer, room.presence_timer):
+    for timer in (room.unentered, room.timer, room.presence):
         if timer:
             timer.cancel()
     room.timer = None
@@ -460,24 +456,25 @@ def enter(room: Room, member: Member, outbox: Outbox, after: int, restarted: boo
     if member.grace:
         member.grace.cancel()
     if member.outbox:
-        member.outbox.hang_up(Close(4409, "You opened this chat in another tab."))
+        member.outbox.hang_up(4409, "You opened this chat in another tab.")
     room.members[member.id] = member
-    member.outbox, outbox.room, outbox.member = outbox, room, member
+    outbox.room, outbox.member, outbox.frames = room, member, member.frames
+    member.outbox = outbox
     room.entering[member] = after, restarted
     wake(room)
-    show_presence(room)
 
 
-def lose(outbox: Outbox, grace: float) -> None:
-    """Note that a connection has ended: its member leaves, unless it is back in `grace` seconds."""
+def lose(outbox: Outbox) -> None:
+    """Note that a connection has ended: its member leaves, unless it is back within the grace."""
     room, member = outbox.room, outbox.member
     if not member or member.outbox is not outbox:
         return  # never joined, or has another connection by now
     member.outbox = None
-    if not grace:
-        return leave(room, member, "left")
-    member.grace = later(grace, leave, room, member, "left")
-    show_presence(room)
+    if outbox.grace:
+        member.grace = later(outbox.grace, leave, room, member, "left")
+        show_presence(room)
+    else:
+        leave(room, member, "left")
 
 
 def leave(room: Room, member: Member, what: str) -> None:
@@ -507,8 +504,9 @@ async def connection(code: str) -> None:
         note("CHAT_ORIGINS: a page of another site has tried to connect")
         return "This page may not connect here.", 403
     end = Close(1011, "The server has made a mistake.")
-    outbox = Outbox(address(ws))
-    await ws.accept()  # even to say no: a browser shows the code of a close, but not of a refusal
+    outbox = Outbox(address_of(ws))
+    async with turn(outbox.address, CONNECTION):
+        await ws.accept()  # even to say no: a browser shows the code of a close, no refusal's
     outboxes[outbox] = None
     make_way(outbox)
     try:
@@ -557,71 +555,41 @@ async def relay(outbox: Outbox, ws) -> None:
 
 
 async def receive(code: str, outbox: Outbox, ws) -> None:
-    """Read frames and act on them: a hello, then the rest, until the connection ends."""
-    grace = limits["GRACE"]
+    """Take in frame after frame: a hello, then the rest, until the connection ends."""
     try:
-        try:
-            async with asyncio.timeout(JOIN_DEADLINE):
-                await hello(code, outbox, ws)
-        except TimeoutError:
-            raise Close(1013, "You did not say hello in time.") from None
-        room, member = outbox.room, outbox.member
-        while True:
-            frame = None  # while it waits for the next one it must not keep the last one
-            frame = await next_frame(outbox, ws, member.frames)
-            while room.pending_bytes > PENDING_BYTES and room.timer:  # all are read more slowly
-                await asyncio.sleep(room.timer.when() - asyncio.get_running_loop().time())
-            async with turn(outbox.address):
-                if (
-                    member.outbox is outbox
-                ):  # or evicted: what was said will be said again on the next one
-                    act(room, member, frame)
-            grace = GRACE_CLOSED if "bye" in frame else limits["GRACE"]
+        async with asyncio.timeout(JOIN_DEADLINE) as deadline:
+            while True:
+                await take_in(await next_frame(outbox, ws), code, outbox)
+                if outbox.member:
+                    deadline.reschedule(None)
+    except TimeoutError:
+        raise Close(1013, "You did not say hello in time.") from None
     except Close as close:
         if not close.comes_back:
-            grace = 0
+            outbox.grace = 0
         raise
     finally:
-        lose(outbox, grace)
+        lose(outbox)
 
 
-async def hello(code: str, outbox: Outbox, ws) -> None:
-    """Wait for a hello that can be used; after an unusable name there may be another."""
-    frames = Allowance(limits["RATE"], limits["BURST"])
-    while not outbox.member:
-        frame = await next_frame(outbox, ws, frames)
-        async with turn(outbox.address):
-            if outbox not in outboxes:
-                raise Close(1013, "You had to make way. Come back.")
-            match frame:
-                case {"hello": {"name": str(name)}}:
-                    try:
-                        join(code, name, outbox)
-                    except ValueError as why:
-                        outbox.add([str(fragments.unusable(why))], 0)
-                case {"hello": {"token": str(token), "after": int(after)}}:
-                    come_back(code, token, after, outbox)
-                case _:
-                    raise Close(1008, "The first frame has to be a hello.")
-
-
-async def next_frame(outbox: Outbox, ws, frames: Allowance) -> dict:
+async def next_frame(outbox: Outbox, ws) -> dict:
     """Return the next frame, an object with one verb; Close 1008 or 1009 if it is anything else.
 
     Who sends too much is not told so, but read more slowly: what we do not read fills the buffers
     on the way, and then TCP has the sender wait. That is backpressure.
     """
-    outbox.heard = time.monotonic()
+    outbox.waiting_since = time.monotonic()
     raw = await ws.receive()
-    outbox.heard = math.inf
+    outbox.waiting_since = None
     if isinstance(raw, guards.Violation):
         raise Close(*raw)
     if not isinstance(raw, str):
         raise Close(1008, "A frame has to be text.")
-    size, most = len(raw.encode()), 8 * limits["MESSAGE_LENGTH"] + 384
-    if size > most:
-        raise Close(1009, f"A frame has at most {most} bytes.")
-    if wait := frames.spend(1 + size // 1024):
+    size = len(raw.encode())
+    if size > largest_frame():
+        raise Close(1009, f"A frame has at most {largest_frame()} bytes.")
+    outbox.frames.spend(1 + size // 1024)
+    if wait := outbox.frames.until_paid():
         await asyncio.sleep(wait)
     try:
         frame = json.loads(raw)
@@ -634,6 +602,40 @@ async def next_frame(outbox: Outbox, ws, frames: Allowance) -> dict:
     return frame
 
 
+def largest_frame() -> int:
+    """Return how many bytes a frame may have: JSON can need eight for one character."""
+    return 8 * limits["MESSAGE_LENGTH"] + 384
+
+
+async def take_in(frame: dict, code: str, outbox: Outbox) -> None:
+    """Act on a frame, when its room has space for more and it is the turn of its address."""
+    room = outbox.room
+    while room and room.pending_bytes > PENDING_BYTES and room.timer:
+        await asyncio.sleep(room.timer.when() - asyncio.get_running_loop().time())
+    async with turn(outbox.address):
+        if outbox.hung_up:
+            return  # it will say it again on its next connection
+        outbox.grace = GRACE_CLOSED if "bye" in frame else limits["GRACE"]
+        if room:
+            act(room, outbox.member, frame)
+        else:
+            hello(code, outbox, frame)
+
+
+def hello(code: str, outbox: Outbox, frame: dict) -> None:
+    """Let somebody in; or say what is wrong with the name, so that there can be another hello."""
+    match frame:
+        case {"hello": {"name": str(name)}}:
+            try:
+                join(code, name, outbox)
+            except ValueError as why:
+                outbox.add([str(fragments.unusable(why))], 0)
+        case {"hello": {"token": str(token), "after": int(after)}}:
+            come_back(code, token, after, outbox)
+        case _:
+            raise Close(1008, "The first frame has to be a hello.")
+
+
 def act(room: Room, member: Member, frame: dict) -> None:
     """Do what a frame of a member says; Close 1000 if it leaves, 1008 if that is no frame."""
     host = next(iter(room.members.values())) is member
@@ -644,7 +646,7 @@ def act(room: Room, member: Member, frame: dict) -> None:
             room.typing.add(member)
             wake(room)
         case {"here": int()} | {"bye": True}:
-            pass  # that it came is enough; how long a bye is waited for, see receive
+            pass  # that it came is enough
         case {"leave": True}:
             raise Close(1000, "You left the room.")
         case {"lock": bool(locked)} if host:
@@ -663,26 +665,26 @@ def say(room: Room, member: Member, id: str, text: str) -> None:
     """Post what a member says, once; or tell it that this had been posted, or why it cannot be."""
     key = hash(id)  # smaller to remember
     if key in member.posted:  # sent again, because the echo had not reached it
-        return answer(member, fragments.verdict(id, "confirmed", ""))
+        return answer(member.outbox, fragments.verdict(id, "confirmed", ""))
     text = guards.clean(text)
     if not text.strip() or len(text) > limits["MESSAGE_LENGTH"]:
         why = f"A message has 1 to {limits['MESSAGE_LENGTH']} characters."
-        return answer(member, fragments.verdict(id, "refused", why))
+        return answer(member.outbox, fragments.verdict(id, "refused", why))
     member.posted.append(key)
     room.typing.discard(member)
     post(room, fragments.message, member=member, id=id, pieces=guards.pieces(text))
 
 
-def answer(member: Member, fragment) -> None:
-    if not member.outbox.add([str(fragment)], sys.getsizeof(fragment)):
-        evict(member, "You were too slow. Come back and resume.")
+def answer(outbox: Outbox, fragment) -> None:
+    if not outbox.add([str(fragment)], sys.getsizeof(fragment)):
+        evict(outbox, "You were too slow. Come back and resume.")
 
 
 def remove(room: Room, member: Member) -> None:
     """Have a member leave because the host wants it so. It cannot come back with its token."""
     room.removed.add(member.id)
     if member.outbox:
-        member.outbox.hang_up(Close(4403, "The host has removed you from this room."))
+        member.outbox.hang_up(4403, "The host has removed you from this room.")
         member.outbox = None
     leave(room, member, "was removed")
 
@@ -703,8 +705,7 @@ def join(code: str, raw_name: str, outbox: Outbox) -> None:
     room = find_room(code, outbox.address)
     if not room:
         raise Close(4404, "There is no such room, or it has closed.")
-    name = guards.unlike_others(name, [member.name for member in room.members.values()])
-    add_member(room, secrets.token_hex(8), name, outbox, after=0, full=4503)
+    add_member(room, secrets.token_hex(8), name, outbox, full=4503)
 
 
 def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
@@ -720,7 +721,7 @@ def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
     # The same whether there is such a room or not, so that there is nothing to guess from.
     if home != code or (room and room.birth != birth):
         raise Close(4401, "You were not in this room. Give your name again.")
-    # Another run, a moment ago: it was a restart. Its tokens open their rooms again, but not for ever.
+    # Of another run, first seen a moment ago: there was a restart, and its rooms are opened again.
     now = time.monotonic()
     restarted = run != RUN and now - runs.setdefault(run, now) < limits["GRACE"]
     if not room:
@@ -733,29 +734,33 @@ def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
     if id in room.removed:
         raise Close(4403, "The host has removed you from this room.")
     if member := room.members.get(id):
-        return enter(room, member, outbox, after, restarted)
-    name = guards.unlike_others(name, [member.name for member in room.members.values()])
-    add_member(room, id, name, outbox, after, full=1013, restarted=restarted)
+        enter(room, member, outbox, after, restarted)
+    else:
+        add_member(room, id, name, outbox, after, restarted, full=1013)
 
 
 def signer() -> URLSafeSerializer:
     return URLSafeSerializer(limits["SECRET"], salt="member")
 
 
-def add_member(room, id, name, outbox, after, full: int, restarted: bool = False) -> None:
-    """Make a member and enter it; Close 4403 if the room is locked, `full` if there is no space."""
+def add_member(
+    room: Room, id: str, name: str, outbox: Outbox, after=0, restarted=False, *, full: int
+) -> None:
+    """Make a member, and have it enter; Close 4403 if the room is locked, `full` if it is full."""
     if room.locked:
         raise Close(4403, "This room is locked: nobody new comes in.")
     check_space(room, outbox.address, full)
+    others = list(room.members.values())
+    name = guards.unlike_others(name, [member.name for member in others])
+    hues = [member.hue for member in others]
+    hue = min(range(16), key=hues.count)
     token = signer().dumps([room.code, room.birth, RUN, id, name])
-    hues = [member.hue for member in room.members.values()]
-    member = Member(id, name, token, outbox.address, hue=min(range(16), key=hues.count))
-    room.members[id] = member
     if not restarted:  # after a restart members come back without a word
         post(room, fragments.notice, name=name, what="joined")
+    member = Member(id, name, token, outbox.address, hue, outbox.frames)
     enter(room, member, outbox, after, restarted)
     if len(room.members) > limits["MEMBERS"]:  # who is lost makes way for who is here
-        leave(room, next(m for m in room.members.values() if not m.outbox), "left")
+        leave(room, next(lost for lost in others if not lost.outbox), "left")
 
 
 # ── Strangers ────────────────────────────────────────────────────────────────────────────────────
@@ -763,55 +768,53 @@ def add_member(room, id, name, outbox, after, full: int, restarted: bool = False
 # forgotten first.
 
 
-def address(client) -> str:
+def address_of(client) -> str:
     """Return where a request or a WebSocket comes from."""
     if client.headers.get("X-Forwarded-For") and not limits["PROXIES"]:
         note("X-Forwarded-For came, but CHAT_PROXIES is 0: all who come by that proxy count as one")
     return guards.address(client, limits["PROXIES"])
 
 
-class Share:
-    """What one address may make the event loop do, WebSockets and HTTP together.
+@asynccontextmanager
+async def turn(address: str, besides: float = 0.0) -> AsyncIterator[None]:
+    """Wait until it is the turn of an address, and measure for how long that keeps us busy.
 
-    So many seconds a second, measured: who has used up more waits. And in one turn of the loop only
-    a slice of that, so that others have their turns in between.
+    Whoever has used up its share waits. And in one turn of the loop an address has only a slice of
+    its share, so that others come in between. `besides` is what we cannot measure, in seconds.
     """
-
-    def __init__(self):
-        self.seconds = Allowance(limits["SHARE"], 10 * limits["SHARE"])
-        self.used = 0.0  # seconds in this turn of the loop
-
-    def spend(self, seconds: float) -> None:
-        self.seconds.spend(seconds)
-        if not self.used:
-            asyncio.get_running_loop().call_soon(self.begin)
-        self.used += seconds
-
-    def begin(self) -> None:
-        self.used = 0.0
+    share = share_of(address)
+    async with share.line:
+        while share.in_this_turn > share.slice or share.left() < 0:
+            await asyncio.sleep(share.until_paid())  # if that is 0: until the loop's next turn
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        share.use(time.perf_counter() - started + besides)
 
 
-SLICE = 0.002  # seconds
+class Share(Allowance):
+    """The seconds for which an address may keep the event loop busy, WebSockets and HTTP together."""
+
+    def __init__(self, rate: float):
+        super().__init__(rate, burst=10 * rate)
+        self.slice = rate / 125  # of each turn of the loop: 2 ms, if a second has 0.25
+        self.in_this_turn = 0.0
+        self.line = asyncio.Lock()  # who has to wait waits in line, and only the first looks up
+
+    def use(self, seconds: float) -> None:
+        self.spend(seconds)
+        if not self.in_this_turn:
+            later(0, self.begin_turn)
+        self.in_this_turn += seconds
+
+    def begin_turn(self) -> None:
+        self.in_this_turn = 0.0
 
 
 @lru_cache(10_000)
-def share(address: str) -> Share:
-    return Share()
-
-
-class turn:  # as in `async with turn(address)`
-    """Wait until it is the turn of an address, and measure what is done in it."""
-
-    def __init__(self, address: str):
-        self.share = share(address)
-
-    async def __aenter__(self) -> None:
-        while self.share.used > SLICE or self.share.seconds.left() < 0:
-            await asyncio.sleep(self.share.seconds.spend(0))
-        self.started = time.perf_counter()
-
-    async def __aexit__(self, *_) -> None:
-        self.share.spend(time.perf_counter() - self.started)
+def share_of(address: str) -> Share:
+    return Share(limits["SHARE"])
 
 
 @lru_cache(30_000)
@@ -820,34 +823,36 @@ def allowance(limit: str, address: str) -> Allowance:
     return Allowance(limits[limit] / 600, limits[limit])
 
 
+def check(limit: str, address: str, why: str, code: int = 1008) -> None:
+    """Raise Close if an address has nothing left of such a limit."""
+    if allowance(limit, address).left() < 1:
+        note(f"CHAT_{limit} is reached", address)
+        raise Close(code, why)
+
+
 def create_room(code: str, address: str, birth: int = 0) -> Room:
     """Open a room for an address; Close 1008 if that has opened too many, 4503 if there are."""
-    check_new_rooms(address)
+    check("NEW_ROOMS", address, MANY_ROOMS)
     room = open_room(code, birth)
     room.creator = address
     allowance("NEW_ROOMS", address).take()
     return room
 
 
-def check_new_rooms(address: str) -> None:
-    if allowance("NEW_ROOMS", address).left() < 1:
-        note("CHAT_NEW_ROOMS is reached", address)
-        raise Close(1008, "Your network has created many rooms. Wait a minute, and try again.")
+MANY_ROOMS = "Your network has created many rooms. Wait a minute, and try again."
 
 
 def find_room(code: str, address: str) -> Room | None:
     """Return the room with this code, if there is one; Close 1008 after too many wrong codes.
 
     Then even for a right code, or whoever tries them all would still find the rooms. But who has
-    created the room, or where somebody is in it already, nobody is guessing. Codes of rooms that have closed are not
-    counted: a class that reloads its pages is not guessing, either.
+    created the room, or where somebody is in it already, nobody is guessing. Codes of rooms that
+    have closed are not counted: a class that reloads its pages is not guessing, either.
     """
     room = rooms.get(code)
     if room and address in {room.creator, *(member.address for member in room.members.values())}:
         return room
-    if allowance("WRONG_CODES", address).left() < 1:
-        note("CHAT_WRONG_CODES is reached", address)
-        raise Close(1008, "Too many wrong codes have been tried. Try again in ten minutes.")
+    check("WRONG_CODES", address, "Too many wrong codes have been tried. Wait ten minutes.")
     if not room and code not in closed:
         allowance("WRONG_CODES", address).take()
     return room
@@ -856,44 +861,37 @@ def find_room(code: str, address: str) -> Room | None:
 def make_way(newest: Outbox) -> None:
     """Keep the number of connections bounded: one that has not said hello makes way for another.
 
-    That may be the newest itself. With 1013, because it may hold a token, and then has to come back.
+    That may be the newest itself. With 1013: it may hold a token, and then has to come back.
     """
     mine = [outbox for outbox in outboxes if outbox.address == newest.address]
     if stopping.is_set():
-        newest.hang_up(Close(1012, "The server restarts."))
+        newest.hang_up(1012, "The server restarts.")
     elif len(mine) > limits["SOCKETS_PER_ADDRESS"]:
-        note("CHAT_SOCKETS_PER_ADDRESS is reached", newest.address)
         turn_away(mine, "There are too many connections from your network.")
     elif len(outboxes) > limits["SOCKETS"]:
-        note("CHAT_SOCKETS is reached")
         turn_away(list(outboxes), "This server is full. Try again later.")
 
 
 def turn_away(candidates: list[Outbox], why: str) -> None:
-    silent = next(outbox for outbox in candidates if not outbox.member)
+    silent = next(outbox for outbox in candidates if not outbox.member)  # the newest has none
     del outboxes[silent]  # here, and not when it has gone: it is not to be found twice
-    silent.hang_up(Close(1013, why))
+    silent.hang_up(1013, why)
 
 
 def check_space(room: Room, address: str, full: int) -> None:
     """Do nothing if there is space for one more member; else Close, with the code `full`.
 
-    Members are counted by address even while they are reconnecting: to say hello, to hang up, and
-    that a thousand times, would fill the server.
+    Those who are reconnecting are counted, too: to say hello and hang up, a thousand times, would
+    fill the server. That is also why an address has only so many joins.
     """
-    everybody = [member for room in rooms.values() for member in room.members.values()]
-    if sum(member.address == address for member in everybody) >= limits["SOCKETS_PER_ADDRESS"]:
-        why = "There are too many members from your network."
-    elif len(everybody) >= 2 * limits["SOCKETS"]:
-        why = "This server is full. Try again later."
-    elif sum(member.outbox is not None for member in room.members.values()) >= limits["MEMBERS"]:
-        why = "This room is full."
-    elif not allowance("SOCKETS_PER_ADDRESS", address).take():  # or to join and leave would flood
-        why = "Too many have joined from your network. Try again in a few minutes."
-    else:
-        return
-    note(why, address)
-    raise Close(full, why)
+    members = list(room.members.values())
+    if sum(len(room.members) for room in rooms.values()) >= 2 * limits["SOCKETS"]:
+        raise Close(full, "This server is full. Try again later.")
+    if sum(member.outbox is not None for member in members) >= limits["MEMBERS"]:
+        raise Close(full, "This room is full.")
+    why = "Too many have joined from your network. Try again in a few minutes."
+    check("SOCKETS_PER_ADDRESS", address, why, full)
+    allowance("SOCKETS_PER_ADDRESS", address).take()
 
 
 log = logging.getLogger("chat")  # closes, limits reached, errors; no message, name, code or token
@@ -920,7 +918,7 @@ def forget() -> None:
         close_room(room)
     for memory in (closed, runs, noted):
         memory.clear()
-    share.cache_clear()
+    share_of.cache_clear()
     allowance.cache_clear()
 
 
@@ -975,9 +973,12 @@ async def create(code: str):
     """Open the room whose code the home page chose: a proxy can tell rooms apart by the path."""
     if not is_code(code):
         return await home("That is not a code", "Create a room to get one.", 409)
-    check_new_rooms(address(request))  # first: then not even a right guess is told from a wrong one
+    address = address_of(request)
+    check(
+        "NEW_ROOMS", address, MANY_ROOMS
+    )  # first, or a right guess could be told from a wrong one
     if code not in rooms:  # or there already: after a double click, or for a class
-        create_room(code, address(request))
+        create_room(code, address)
     return redirect(f"/r/{code}", 303)
 
 
@@ -985,8 +986,9 @@ async def create(code: str):
 async def room_page(code: str):
     if code != code.upper() and is_code(code.upper()):
         return redirect(f"/r/{code.upper()}", 303)
-    if find_room(code, address(request)):
-        page = {"code": code, "limits": limits, "link": link(code), "alone": not others_can_come()}
+    if find_room(code, address_of(request)):
+        here = link(code)
+        page = {"code": code, "limits": limits, "link": here, "alone": only_here(here)}
         return await render_template("room.html", **page)
     text = "It has not been opened yet, or its last member has left. Is this the right code?"
     reopen = code if is_code(code) else None
@@ -994,24 +996,22 @@ async def room_page(code: str):
 
 
 def link(code: str) -> str:
-    """Return the link of a room for others: to this machine's name for itself they cannot come."""
-    here = f"{guards.scheme(request, limits['PROXIES'])}://{request.host}"
-    return f"{(opened_here() and limits['NETWORK']) or here}/r/{code}"
+    """Return the link of a room for others: to them, `localhost` would be their own machine."""
+    site = f"{guards.scheme(request, limits['PROXIES'])}://{request.host}"
+    if only_here(site) and limits["NETWORK"]:
+        site = limits["NETWORK"]
+    return f"{site}/r/{code}"
 
 
-def opened_here() -> bool:
-    """Whether the browser has found us under a name that means its own machine."""
-    return urlsplit(f"//{request.host}").hostname in ("localhost", "127.0.0.1", "::1")
-
-
-def others_can_come() -> bool:
-    return bool(limits["NETWORK"]) or not opened_here()
+def only_here(link: str) -> bool:
+    """Whether a link leads somewhere on this machine only."""
+    return urlsplit(link).hostname in ("localhost", "127.0.0.1", "::1")
 
 
 @app.get("/r/<code>/qr.svg")
 async def qr_code(code: str):
     """Draw the link of a room, for phones to read, and for a projector to show to a class."""
-    if not find_room(code, address(request)):
+    if not find_room(code, address_of(request)):
         raise NotFound
     return draw(link(code)), {"Content-Type": "image/svg+xml"}
 
@@ -1063,16 +1063,17 @@ async def error_page(error: HTTPException):
 
 async def run(listener: socket.socket, first: str = "") -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP; then tell everybody 1012: come back in a moment."""
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    loop = asyncio.get_running_loop()
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), lambda *_: loop.call_soon_threadsafe(stop.set))
+        signal.signal(getattr(signal, name), lambda *_: loop.call_soon_threadsafe(stopping.set))
 
     async def stopped() -> None:
-        await stop.wait()
+        with listener:  # Hypercorn has a copy, and has let only config.backlog wait
+            listener.listen(1024)
+        await stopping.wait()
         later(4, os._exit, 0)  # the last resort: a peer that never reads blocks a close
-        stopping.set()
         for outbox in outboxes:
-            outbox.hang_up(Close(1012, "The server restarts."))
+            outbox.hang_up(1012, "The server restarts.")
         deadline = time.monotonic() + 1
         while outboxes and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
@@ -1082,10 +1083,11 @@ async def run(listener: socket.socket, first: str = "") -> None:
     heart = asyncio.create_task(beat())
     # A proxy is no stranger, and has limits of its own.
     most = 0 if limits["PROXIES"] else 2 * limits["SOCKETS_PER_ADDRESS"]
-    guards.install(app, lambda: Allowance(10, 60), most, turn, lambda peer: share(peer).seconds)
+    guards.install(app, lambda: Allowance(10, 60), most, lambda peer: turn(peer, CONNECTION))
     config = Config()
-    config.bind, config.backlog = [f"fd://{listener.detach()}"], 1024
-    config.websocket_max_message_size = 8 * limits["MESSAGE_LENGTH"] + 384
+    config.bind = [f"fd://{listener.dup().detach()}"]
+    config.backlog = 16  # so many are accepted in one turn of the loop: a thousand would stop it
+    config.websocket_max_message_size = largest_frame()
     config.loglevel, config.include_server_header = "WARNING", False
     await serve(app, config, shutdown_trigger=stopped)
     heart.cancel()
@@ -1097,24 +1099,19 @@ async def beat() -> None:
     It tells a browser an idle room from a dead line. The server sets the pace, because the timers
     of a hidden tab stand still.
     """
-    beating = True
     while True:
-        await asyncio.sleep(limits["BEAT"] / 2)
-        beating = not beating  # every second time, and in between it only listens
+        await asyncio.sleep(limits["BEAT"])
+        heartbeat = str(fragments.beat())
         for outbox in list(outboxes):
             try:
-                if outbox.heard < time.monotonic() - 2.5 * limits["BEAT"]:
-                    outbox.heard = math.inf
-                    outbox.hang_up(
-                        Close(1013, "You were silent for too long. Come back and resume.")
-                    )
-                    lose(outbox, limits["GRACE"])
-                elif beating:
-                    heartbeat = str(fragments.beat())
+                since = outbox.waiting_since
+                if since and time.monotonic() - since > 2.5 * limits["BEAT"]:
+                    evict(outbox, "You were silent for too long. Come back and resume.")
+                else:
                     outbox.add([heartbeat], sys.getsizeof(heartbeat))
             except Exception:  # or the heart would stand still for all
                 log.exception("A heartbeat failed")
-                outbox.hang_up(Close(1013, "The server has made a mistake. Come back and resume."))
+                evict(outbox, "The server has made a mistake. Come back and resume.")
 
 
 def main() -> None:
@@ -1132,6 +1129,9 @@ def main() -> None:
     options = parser.parse_args()
     host, port = options.host, options.port
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    for name in os.environ:
+        if name.startswith("CHAT_") and name.removeprefix("CHAT_") not in SETTINGS:
+            log.warning("%s, in the environment, is not a setting.", name)
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         both = host == "::" and socket.has_dualstack_ipv6()

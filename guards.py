@@ -10,7 +10,6 @@ import hashlib
 import re
 import socket
 import struct
-import time
 import unicodedata
 from collections import Counter
 from contextlib import suppress
@@ -26,7 +25,6 @@ from hypercorn import protocol
 from hypercorn.asyncio import run as serving
 from hypercorn.asyncio import tcp_server
 from hypercorn.config import Config
-from hypercorn.events import Closed, RawData
 from hypercorn.protocol import h11 as http_1
 from hypercorn.protocol import ws_stream
 from hypercorn.protocol.events import Data, StreamClosed
@@ -201,11 +199,11 @@ def plain_origin(origin: str) -> str:
 # ── Seat belts ───────────────────────────────────────────────────────────────────────────────────
 
 
-def install(app: Quart, allowance, connections: int = 0, turn=None, seconds=None) -> None:
+def install(app: Quart, allowance, connections: int = 0, turn=None) -> None:
     """Put all guards in place, before serving.
 
-    allowance() bounds pings and fragments, see Stream. For peers that are no proxy also: how many
-    connections one may have, its turn(address), and the seconds(address) that it has left.
+    allowance() bounds pings and fragments, see Stream. One peer may have so many connections, and
+    each of them waits for its turn(address); 0: the peer is a proxy, which has limits of its own.
     """
     for package, fits in FITS.items():
         if version(package) != fits:
@@ -233,11 +231,7 @@ def install(app: Quart, allowance, connections: int = 0, turn=None, seconds=None
     # One read must not hide thousands of tiny frames.
     tcp_server.MAX_RECV = 4096
     Stream.allowance = staticmethod(allowance)
-    Server.most, Server.turn, Server.seconds = (
-        connections,
-        staticmethod(turn),
-        staticmethod(seconds),
-    )
+    Server.most, Server.turn = connections, staticmethod(turn)
     http_1.WSStream = Stream
     protocol.H11Protocol = Protocol
     serving.TCPServer = Server
@@ -285,7 +279,7 @@ class Server(tcp_server.TCPServer):
     """
 
     open: ClassVar[Counter[str]] = Counter()  # connections by peer
-    most: int  # of one peer; 0: it is a proxy, which has limits of its own
+    most: int  # of one peer, see install
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
@@ -294,15 +288,13 @@ class Server(tcp_server.TCPServer):
 
     async def run(self) -> None:
         peer = (self.writer.get_extra_info("peername") or ("",))[0]
-        if self.most:
-            if self.open[peer] >= self.most:
-                return self.writer.transport.abort()
-            self.address = counted(peer)
-            self.mine = self.seconds(self.address)
-            self.mine.spend(0.0005)  # to make a connection takes about so long
-            await self.wait()
+        if self.most and self.open[peer] >= self.most:
+            return self.writer.transport.abort()
         self.open[peer] += 1
         try:
+            if self.most:
+                async with self.turn(counted(peer)):
+                    pass  # wait for it
             with suppress(OSError):
                 await super().run()
         finally:
@@ -311,25 +303,8 @@ class Server(tcp_server.TCPServer):
                 del self.open[peer]
 
     async def _read_data(self) -> None:
-        """Do as Hypercorn 0.18.0 does, and count the time that it takes to parse what was read."""
-        try:
-            while data := await self.reader.read(tcp_server.MAX_RECV):
-                if self.most:
-                    await self.wait()
-                started = time.perf_counter()
-                await self.protocol.handle(RawData(data))
-                if self.most:  # what takes longer has waited for the application
-                    self.mine.spend(min(time.perf_counter() - started, 0.002))
-        except OSError:
-            pass
-        await self.protocol.handle(Closed())
+        await super()._read_data()
         await self.idle_task.stop()  # or whoever has gone would be counted for 5 s more
-
-    async def wait(self) -> None:
-        """Wait until it is the turn of this peer, if it has used up its share of the time."""
-        if self.mine.left() < 0:
-            async with self.turn(self.address):
-                pass
 
 
 HOST = re.compile(rb"[\w-]{1,63}(\.[\w-]{1,63})*\.?(:\d{1,5})?|\[[\da-fA-F:.]+\](:\d{1,5})?")

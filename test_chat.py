@@ -1108,7 +1108,7 @@ async def test_addresses_are_believed_only_from_our_own_proxies(
     headers = {} if told is None else {"X-Forwarded-For": told}
     scope = {"client": (peer, 50_000)}
     async with chat.app.test_request_context("/", headers=headers, scope_base=scope):
-        assert chat.address(chat.request) == address
+        assert chat.address_of(chat.request) == address
 
 
 async def test_behind_a_proxy_that_speaks_tls_our_pages_are_https(monkeypatch):
@@ -1282,9 +1282,9 @@ async def test_who_has_used_up_its_share_waits_and_nobody_else(monkeypatch):
 async def test_limits_are_forgotten_and_never_fill_the_memory():
     for number in range(40_000):
         assert chat.allowance("WRONG_CODES", f"192.0.2.{number}").take()
-        assert chat.share(f"192.0.2.{number}").seconds.left()
+        assert chat.share_of(f"192.0.2.{number}").left()
     assert chat.allowance.cache_info().currsize == 30_000
-    assert chat.share.cache_info().currsize == 10_000
+    assert chat.share_of.cache_info().currsize == 10_000
 
 
 async def test_what_happens_often_is_logged_once_a_minute(client, monkeypatch, caplog):
