@@ -141,26 +141,22 @@ limits["NETWORK"] = ""  # as in http://192.168.1.5:8000, where others reach us: 
 
 
 def read_settings() -> None:
-    """Take the settings from the environment; ValueError says which of them cannot be."""
+    """Take the settings from the environment; exit with a sentence if one of them cannot be."""
     for name, (default, _) in SETTINGS.items():
         told = os.environ.get(f"CHAT_{name}", default)
         try:
             limits[name] = type(default)(told)
         except ValueError:
             kind = "a whole number" if type(default) is int else "a number"
-            raise ValueError(f"CHAT_{name} has to be {kind}, not {told!r}.") from None
+            sys.exit(f"CHAT_{name} has to be {kind}, not {told!r}.")
         if default != "" and not (0 < limits[name] < math.inf or limits[name] == default):
-            raise ValueError(f"CHAT_{name} has to be more than 0, not {told}.")
+            sys.exit(f"CHAT_{name} has to be more than 0, not {told}.")
     if 0 < len(limits["SECRET"]) < 16:
-        raise ValueError("CHAT_SECRET has to have 16 characters or more, or it can be guessed.")
+        sys.exit("CHAT_SECRET has to have 16 characters or more, or it can be guessed.")
     limits["SECRET"] = limits["SECRET"] or secrets.token_hex()
 
 
-try:
-    read_settings()
-except ValueError as why:
-    print(why, file=sys.stderr)
-    sys.exit(2)
+read_settings()
 
 
 class Allowance:
@@ -209,8 +205,9 @@ class Outbox(asyncio.Queue):
         self.room: Room | None = None  # these two are set by enter
         self.member: Member | None = None
 
-    def add(self, batch: list[str], size: int) -> bool:
-        """Take a batch of so many bytes, unless it would be too much with what waits already."""
+    def add(self, batch: list[str], counted: bool = True) -> bool:
+        """Take a batch, unless it would be too much with what waits already."""
+        size = sum(map(sys.getsizeof, batch)) if counted else 0
         if self.bytes and self.bytes + size > limits["OUTBOX_BYTES"]:
             return False
         self.bytes += size
@@ -218,9 +215,10 @@ class Outbox(asyncio.Queue):
         return True
 
     def hang_up(self, code: int, reason: str) -> None:
-        """Have the relay end the connection, after what waits."""
-        self.hung_up = True
-        self.put_nowait((Close(code, reason), 0))
+        """Have the relay end the connection, after what waits; the first reason counts."""
+        if not self.hung_up:
+            self.hung_up = True
+            self.put_nowait((Close(code, reason), 0))
 
     def clear(self) -> None:
         while not self.empty():
@@ -379,33 +377,39 @@ def give_snapshot(room: Room, member: Member, after: int, restarted: bool) -> No
     missed = [entry for seq, entry in entries if seq > after or hole]
     snapshot = in_frames([str(fragments.welcome(member)), *gap, *missed], FRAME_SIZE)
     if member.outbox:
-        member.outbox.add(list(snapshot), 0)  # not counted, or a long history would evict it
+        # Not counted, or a long history would evict whoever comes.
+        member.outbox.add(list(snapshot), counted=False)
     show_presence(room)
 
 
 def deliver(room: Room, batch: list[str], receivers: list[Outbox], rested: float) -> None:
-    """Put a batch into outboxes, a few in each turn of the loop, so that other rooms get theirs.
-
-    If one is full, evict its member rather than wait: waiting would make the room as slow as its
-    slowest member, and without a bound one dead phone would eat the memory.
-    """
+    """Put a batch into outboxes, a few in each turn of the loop, so that other rooms get theirs."""
     now, later_on = receivers[:OUTBOXES_AT_ONCE], receivers[OUTBOXES_AT_ONCE:]
     # The timer is set first, because to deliver can be to evict, and that is news.
     if later_on:
         room.timer = later(0, deliver, room, batch, later_on, rested)
     else:
         room.timer = later(rested - time.monotonic(), hand_out, room)
-    size = sum(map(sys.getsizeof, batch))
     for outbox in now:
-        if not outbox.hung_up and not outbox.add(batch, size):
-            evict(outbox, "You were too slow. Come back and resume.")
+        send(outbox, batch)
+
+
+def send(outbox: Outbox, batch: list[str]) -> None:
+    """Put frames into an outbox; if that is full, evict its member rather than wait.
+
+    Waiting would make the room as slow as its slowest member, and without a bound one dead phone
+    would eat the memory.
+    """
+    if not outbox.add(batch):
+        evict(outbox, "You were too slow. Come back and resume.")
 
 
 def evict(outbox: Outbox, why: str) -> None:
     """End a connection that has missed something; its member comes back, and resumes."""
-    outbox.clear()  # all of it: a hole in the middle would be taken for the whole
-    outbox.hang_up(1013, why)
-    lose(outbox)
+    if not outbox.hung_up:
+        outbox.clear()  # all of it: a hole in the middle would be taken for the whole
+        outbox.hang_up(1013, why)
+        lose(outbox)
 
 
 def show_presence(room: Room) -> None:
@@ -629,7 +633,7 @@ def hello(code: str, outbox: Outbox, frame: dict) -> None:
             try:
                 join(code, name, outbox)
             except ValueError as why:
-                outbox.add([str(fragments.unusable(why))], 0)
+                send(outbox, [str(fragments.unusable(why))])
         case {"hello": {"token": str(token), "after": int(after)}}:
             come_back(code, token, after, outbox)
         case _:
@@ -665,19 +669,14 @@ def say(room: Room, member: Member, id: str, text: str) -> None:
     """Post what a member says, once; or tell it that this had been posted, or why it cannot be."""
     key = hash(id)  # smaller to remember
     if key in member.posted:  # sent again, because the echo had not reached it
-        return answer(member.outbox, fragments.verdict(id, "confirmed", ""))
+        return send(member.outbox, [str(fragments.verdict(id, "confirmed", ""))])
     text = guards.clean(text)
     if not text.strip() or len(text) > limits["MESSAGE_LENGTH"]:
         why = f"A message has 1 to {limits['MESSAGE_LENGTH']} characters."
-        return answer(member.outbox, fragments.verdict(id, "refused", why))
+        return send(member.outbox, [str(fragments.verdict(id, "refused", why))])
     member.posted.append(key)
     room.typing.discard(member)
     post(room, fragments.message, member=member, id=id, pieces=guards.pieces(text))
-
-
-def answer(outbox: Outbox, fragment) -> None:
-    if not outbox.add([str(fragment)], sys.getsizeof(fragment)):
-        evict(outbox, "You were too slow. Come back and resume.")
 
 
 def remove(room: Room, member: Member) -> None:
@@ -831,15 +830,17 @@ def check(limit: str, address: str, why: str, code: int = 1008) -> None:
 
 
 def create_room(code: str, address: str, birth: int = 0) -> Room:
-    """Open a room for an address; Close 1008 if that has opened too many, 4503 if there are."""
-    check("NEW_ROOMS", address, MANY_ROOMS)
-    room = open_room(code, birth)
-    room.creator = address
-    allowance("NEW_ROOMS", address).take()
-    return room
+    """Open a room for an address, or return the one that is there, for a class or a double click.
 
-
-MANY_ROOMS = "Your network has created many rooms. Wait a minute, and try again."
+    Close 1008 if that address has opened too many; even if the room is there, or a right guess could
+    be told from a wrong one. 4503 if there are too many in all.
+    """
+    why = "Your network has created many rooms. Wait a minute, and try again."
+    check("NEW_ROOMS", address, why)
+    if code not in rooms:
+        open_room(code, birth).creator = address
+        allowance("NEW_ROOMS", address).take()
+    return rooms[code]
 
 
 def find_room(code: str, address: str) -> Room | None:
@@ -863,17 +864,13 @@ def make_way(newest: Outbox) -> None:
 
     That may be the newest itself. With 1013: it may hold a token, and then has to come back.
     """
-    mine = [outbox for outbox in outboxes if outbox.address == newest.address]
-    if stopping.is_set():
-        newest.hang_up(1012, "The server restarts.")
-    elif len(mine) > limits["SOCKETS_PER_ADDRESS"]:
-        turn_away(mine, "There are too many connections from your network.")
-    elif len(outboxes) > limits["SOCKETS"]:
-        turn_away(list(outboxes), "This server is full. Try again later.")
-
-
-def turn_away(candidates: list[Outbox], why: str) -> None:
-    silent = next(outbox for outbox in candidates if not outbox.member)  # the newest has none
+    candidates = [outbox for outbox in outboxes if outbox.address == newest.address]
+    why = "There are too many connections from your network."
+    if len(candidates) <= limits["SOCKETS_PER_ADDRESS"]:
+        candidates, why = list(outboxes), "This server is full. Try again later."
+        if len(candidates) <= limits["SOCKETS"]:
+            return
+    silent = next(outbox for outbox in candidates if not outbox.member)
     del outboxes[silent]  # here, and not when it has gone: it is not to be found twice
     silent.hang_up(1013, why)
 
@@ -973,12 +970,7 @@ async def create(code: str):
     """Open the room whose code the home page chose: a proxy can tell rooms apart by the path."""
     if not is_code(code):
         return await home("That is not a code", "Create a room to get one.", 409)
-    address = address_of(request)
-    check(
-        "NEW_ROOMS", address, MANY_ROOMS
-    )  # first, or a right guess could be told from a wrong one
-    if code not in rooms:  # or there already: after a double click, or for a class
-        create_room(code, address)
+    create_room(code, address_of(request))
     return redirect(f"/r/{code}", 303)
 
 
@@ -1039,12 +1031,8 @@ async def healthz():
     return {"rooms": len(rooms), "members": members, "connections": len(outboxes)}
 
 
-def log_exception(error) -> None:
-    """Quart would log the path as well, and with it the code."""
-    log.error("A request failed", exc_info=error)
-
-
-app.log_exception = log_exception
+# Quart would log the path as well, and with it the code.
+app.log_exception = lambda error: log.error("A request failed", exc_info=error)
 
 
 @app.errorhandler(Close)
@@ -1072,10 +1060,10 @@ async def run(listener: socket.socket, first: str = "") -> None:
             listener.listen(1024)
         await stopping.wait()
         later(4, os._exit, 0)  # the last resort: a peer that never reads blocks a close
-        for outbox in outboxes:
-            outbox.hang_up(1012, "The server restarts.")
         deadline = time.monotonic() + 1
         while outboxes and time.monotonic() < deadline:
+            for outbox in outboxes:
+                outbox.hang_up(1012, "The server restarts.")
             await asyncio.sleep(0.05)
 
     if first:
@@ -1108,7 +1096,7 @@ async def beat() -> None:
                 if since and time.monotonic() - since > 2.5 * limits["BEAT"]:
                     evict(outbox, "You were silent for too long. Come back and resume.")
                 else:
-                    outbox.add([heartbeat], sys.getsizeof(heartbeat))
+                    send(outbox, [heartbeat])
             except Exception:  # or the heart would stand still for all
                 log.exception("A heartbeat failed")
                 evict(outbox, "The server has made a mistake. Come back and resume.")

@@ -101,7 +101,7 @@ async def test_a_wrong_option_is_explained(arguments):
 )
 async def test_a_wrong_setting_is_one_sentence(monkeypatch, name, value, why):
     monkeypatch.setenv(f"CHAT_{name}", value)
-    assert program("--port", "0") == (2, f"{why}\n")
+    assert program("--port", "0") == (1, f"{why}\n")
 
 
 async def test_what_is_no_setting_is_said(monkeypatch):
