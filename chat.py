@@ -11,8 +11,8 @@
     pip install -r requirements.txt
     python chat.py                  # then open http://127.0.0.1:8000 in two tabs
 
-The path of a message. Only its two ends await; in the middle are plain functions, so that nothing
-can come in between:
+The path of a message. Only its two ends await; in the middle are plain functions, and while one of
+them runs, nothing else does:
 
     browser ─frame─▶ receive ─▶ post ─▶ room.pending ─▶ hand_out ─▶ outboxes ─▶ relay ─frame─▶ browsers
                      (await)    (def)                   (def)       (queues)    (await)
@@ -23,9 +23,10 @@ The words:
     member   one tab in one room: here (has an outbox), reconnecting (has none) or left (forgotten)
     host     who has been in the room longest: can lock it, and remove somebody
     entry    a line of the log, message or notice; its seq is one more than that of the entry before
-    outbox   what one connection still has to be sent; bounded, so that nobody waits for a slow one
-    batch    a list of frames that a hand-out puts into all outboxes, the same list for all
-    evict    to end a slow consumer's connection; it comes back by itself and resumes
+    outbox   what one connection still has to be sent, in batches of frames; bounded, so that nobody
+             waits for the slow
+    evict    to end a connection that has missed something; its member comes back by itself, and
+             resumes: is given what was said since the last entry that it has
     frame    what a WebSocket carries: JSON from the browser, fragments of HTML to it
 """
 
@@ -57,19 +58,19 @@ try:
     from hypercorn.asyncio import serve
     from hypercorn.config import Config
     from itsdangerous import BadSignature, URLSafeSerializer
-    from quart import Quart, redirect, render_template, request, websocket
+    from quart import Quart, has_request_context, redirect, render_template, request, websocket
     from werkzeug.exceptions import HTTPException, NotFound
 
     import guards
 except ImportError as missing:  # a package, or in a package something that guards.py needs
     sys.exit(f"{missing.msg}. Install what is needed: pip install -r requirements.txt")
 
-# ── Limits ── each can be set in the environment, as in CHAT_MEMBERS=40 python chat.py ───────────
+# ── Limits ───────────────────────────────────────────────────────────────────────────────────────
 
-SETTINGS = {  # the default, and what it limits
+SETTINGS = {  # in the environment, as in CHAT_MEMBERS=40: the default, and what it limits
     "MESSAGE_LENGTH": (2_000, "characters of a message"),
-    "RATE": (2.0, "frames a second from one member, one more for each KiB; faster is read later"),
-    "BURST": (20, "frames at once, before that rate counts"),
+    "RATE": (2.0, "frames a second of one member, which are read later if there are more"),
+    "BURST": (20, "frames at once; for this and the rate, each KiB of a frame counts as one more"),
     "SHARE": (0.25, "seconds a second that one address may keep the server busy; then it waits"),
     "MEMBERS": (250, "members of a room"),
     "SOCKETS": (2_000, "connections in all"),
@@ -93,15 +94,15 @@ GRACE_CLOSED = 5  # seconds to come back after closing the page: a reload is no 
 UNENTERED = 600  # seconds that a room waits for its first member
 ALPHABET = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # of room codes, which are read out: no 0 O 1 I L
 ID = re.compile("[A-Za-z0-9_-]{1,64}")
-NOTICES_REMEMBERED = 30  # of a room: who has joined, and who has left
+NOTICES_REMEMBERED = 30  # of a room
 IDS_REMEMBERED = 128  # of each member; our page has one unconfirmed at a time
-# Characters of a frame to browsers. A stuck line holds one of its own, or one of those that go to
-# all members and are held only once: these may be larger, and few large frames are fast.
-FRAME_SIZE, FRAME_SIZE_FOR_ALL = 16_384, 131_072
+FRAME_SIZE = 16_384  # characters of a frame to one member, which nobody shares the memory of
+FRAME_SIZE_FOR_ALL = 131_072  # the same string for all: larger, because few large ones are fast
 FRAME_UNIT = 262_144  # a frame of so many characters takes twice as long to send as a short one
 OUTBOXES_AT_ONCE = 50  # to send to so many takes about 5 ms
-CONNECTION = 0.0005  # seconds for which to make one keeps us busy where it is not measured
+PRESENCES_PER_SECOND = 500  # names that one member is shown in lists of members
 PENDING_BYTES = 114_688  # while more waits in a room for its hand-out, its senders are not read
+CONNECTION = 0.0005  # seconds that to accept one takes, most of them in Hypercorn
 
 CLOSE_CODES = {  # what they mean, and whether the page comes back by itself
     1000: ("you left", "no"),
@@ -119,17 +120,16 @@ CLOSE_CODES = {  # what they mean, and whether the page comes back by itself
 
 
 class Close(Exception):
-    """Ends a connection. Has one of these codes, and a reason for a person."""
+    """Ends a connection, or is shown as a page. Has one of these codes, and a reason to read."""
 
     def __init__(self, code: int, reason: str):
         super().__init__(code, reason)
         self.code, self.reason = code, reason
-        self.comes_back = CLOSE_CODES[code][1].startswith("yes")
 
 
 class Chat(Quart):
     async def handle_request(self, request):
-        """Answer a request when it is the turn of its address."""
+        """Answer a request when it is the turn of its address; see `turn`, in Strangers."""
         async with turn(address_of(request)):
             return await super().handle_request(request)
 
@@ -137,7 +137,6 @@ class Chat(Quart):
 app = Chat(__name__, static_folder=None)
 app.url_map.merge_slashes = False  # or `//` would be answered with a redirect to any Host
 limits = app.config
-limits["NETWORK"] = ""  # as in http://192.168.1.5:8000, where others reach us: main sets it
 
 
 def read_settings() -> None:
@@ -149,7 +148,8 @@ def read_settings() -> None:
         except ValueError:
             kind = "a whole number" if type(default) is int else "a number"
             sys.exit(f"CHAT_{name} has to be {kind}, not {told!r}.")
-        if default != "" and not (0 < limits[name] < math.inf or limits[name] == default):
+        unset = limits[name] == default  # which may be 0, or empty
+        if not unset and type(default) is not str and not 0 < limits[name] < math.inf:
             sys.exit(f"CHAT_{name} has to be more than 0, not {told}.")
     if 0 < len(limits["SECRET"]) < 16:
         sys.exit("CHAT_SECRET has to have 16 characters or more, or it can be guessed.")
@@ -172,15 +172,8 @@ class Allowance:
         self.checked = now
         return self.tokens
 
-    def take(self) -> bool:
-        """Take a token, if there is one: for what is refused when there is none."""
-        if self.left() < 1:
-            return False
-        self.tokens -= 1
-        return True
-
     def spend(self, tokens: float) -> None:
-        """Take tokens, also on credit: for what is delayed until that is paid."""
+        """Take tokens, also on credit: less than none is left then, until that is paid."""
         self.tokens = self.left() - tokens
 
     def until_paid(self) -> float:
@@ -192,27 +185,20 @@ class Allowance:
 
 
 class Outbox(asyncio.Queue):
-    """What one connection still has to be sent: batches, and a Close, with which it ends."""
+    """What one connection still has to be sent, and what else we know of that connection.
+
+    In it are batches of frames, with their sizes, and in the end perhaps a Close.
+    """
 
     def __init__(self, address: str):
         super().__init__()
         self.address = address
-        self.bytes = 0  # of the batches that wait
-        self.frames = Allowance(limits["RATE"], limits["BURST"])  # that it may send us
-        self.waiting_since: float | None = None  # for its next frame; None: we do not read it now
+        self.bytes = 0  # of the batches that wait and are counted
+        self.allowance = Allowance(limits["RATE"], limits["BURST"])  # for frames from the browser
         self.grace = limits["GRACE"]  # seconds to come back if it ends now
         self.hung_up = False  # we have ended it, and do not act any more on what it says
-        self.room: Room | None = None  # these two are set by enter
-        self.member: Member | None = None
-
-    def add(self, batch: list[str], counted: bool = True) -> bool:
-        """Take a batch, unless it would be too much with what waits already."""
-        size = sum(map(sys.getsizeof, batch)) if counted else 0
-        if self.bytes and self.bytes + size > limits["OUTBOX_BYTES"]:
-            return False
-        self.bytes += size
-        self.put_nowait((batch, size))
-        return True
+        self.member: Member | None = None  # set by enter, and so is the next
+        self.after: int | None = None  # number since which it waits for what was said; None: has it
 
     def hang_up(self, code: int, reason: str) -> None:
         """Have the relay end the connection, after what waits; the first reason counts."""
@@ -220,27 +206,17 @@ class Outbox(asyncio.Queue):
             self.hung_up = True
             self.put_nowait((Close(code, reason), 0))
 
-    def clear(self) -> None:
-        while not self.empty():
-            self.get_nowait()
-        self.bytes = 0
-
-    async def take(self) -> list[str] | Close:
-        item, size = await self.get()
-        self.bytes -= size
-        return item
-
 
 @dataclass(eq=False, slots=True)
 class Member:
+    room: "Room"
     id: str  # public, stands in every message; says nothing about the token
     name: str
-    token: str  # proves, after a lost connection or a restart, that this is the same member
-    address: str
+    address: str  # of its latest connection
     hue: int  # of its name, 0 to 15: the least used in its room
-    frames: Allowance  # that it may send us: of its first connection, so that none refills it
+    allowance: Allowance  # kept when it comes back, or to do so would refill it
     outbox: Outbox | None = None  # None while reconnecting
-    grace: asyncio.TimerHandle | None = None  # runs while reconnecting
+    timer: asyncio.TimerHandle | None = None  # while reconnecting: when it will have left
     posted: deque[int] = field(default_factory=lambda: deque(maxlen=IDS_REMEMBERED))  # ids, hashed
 
 
@@ -248,19 +224,20 @@ class Member:
 class Room:
     code: str
     birth: int  # in milliseconds; stands in the tokens: opened again later it is another room
+    creator: str  # address of who has opened it
+    start: int  # seq with which it began in this run
     seq: int  # of the latest entry
-    forgotten: int  # seq of the latest message that is no longer in the history
-    creator: str = ""  # address of who has opened it
+    forgotten: int  # all messages after this seq are in the history
     unentered: asyncio.TimerHandle | None = None  # closes the room unless somebody enters
     members: dict[str, Member] = field(default_factory=dict)  # the first is the host
     history: deque[tuple[int, str]] = field(default_factory=deque)  # messages with their seqs
     history_bytes: int = 0
-    notices: deque[tuple[int, str]] = field(  # kept apart, so that they push no message out
+    # Notices are kept apart, so that they push no message out.
+    notices: deque[tuple[int, str]] = field(
         default_factory=lambda: deque(maxlen=NOTICES_REMEMBERED)
     )
-    pending: list[str] = field(default_factory=list)  # entries that are in no outbox yet
-    pending_bytes: int = 0
-    entering: dict[Member, tuple] = field(default_factory=dict)  # who waits for a snapshot
+    pending: list[str] = field(default_factory=list)  # fragments that are in no outbox yet
+    pending_bytes: int = 0  # of the entries among them
     typing: set[Member] = field(default_factory=set)  # since the last hand-out
     timer: asyncio.TimerHandle | None = None  # of the next step of a hand-out; None: it is idle
     presence: asyncio.TimerHandle | None = None  # of the list of members, if that has changed
@@ -269,9 +246,15 @@ class Room:
 
 
 rooms: dict[str, Room] = {}
-outboxes: dict[Outbox, None] = {}  # of all connections, joined or not, the oldest first
+outboxes: dict[Outbox, None] = {}  # of the connections that have not been turned away, oldest first
 closed: deque[str] = deque(maxlen=1_000)  # codes of the rooms that have closed, the latest last
+RUN = secrets.token_hex(4)  # this run of the program; a token that names another is older
+runs: dict[str, float] = {}  # the other ones, and when we saw a token of theirs first
 stopping = asyncio.Event()
+RESTART = "The server restarts."
+
+log = logging.getLogger("chat")  # no message, name, code or token
+noted: Counter[str] = Counter()  # what has been logged in the last minute, and how often it was
 
 # Fragments are rendered where nothing may await, so by a template engine that does not.
 fragments = app.jinja_env.overlay(enable_async=False).get_template("fragments.html").module
@@ -291,24 +274,20 @@ def post(room: Room, fragment, **values) -> None:
     room.seq += 1
     now = datetime.now(UTC).isoformat(timespec="seconds")
     entry = str(fragment(seq=room.seq, time=now, **values))
+    size = sys.getsizeof(entry)
     if fragment is fragments.notice:
         room.notices.append((room.seq, entry))
     else:
         room.history.append((room.seq, entry))
-        room.history_bytes += sys.getsizeof(entry)
-        trim(room)
+        room.history_bytes += size
+        while len(room.history) > limits["HISTORY"] or (
+            room.history_bytes > limits["HISTORY_BYTES"] and len(room.history) > 1
+        ):
+            room.forgotten, oldest = room.history.popleft()
+            room.history_bytes -= sys.getsizeof(oldest)
     room.pending.append(entry)
-    room.pending_bytes += sys.getsizeof(entry)
+    room.pending_bytes += size
     wake(room)
-
-
-def trim(room: Room) -> None:
-    """Forget the oldest messages of a room that has too many; but not the only one."""
-    while len(room.history) > limits["HISTORY"] or (
-        room.history_bytes > limits["HISTORY_BYTES"] and len(room.history) > 1
-    ):
-        room.forgotten, entry = room.history.popleft()
-        room.history_bytes -= sys.getsizeof(entry)
 
 
 def wake(room: Room) -> None:
@@ -327,87 +306,93 @@ def hand_out(room: Room) -> None:
     behind, because a frame costs a wake-up and a system call, however little is in it.
     """
     room.timer = None
-    entering, room.entering = room.entering, {}
-    try:
-        batch = list(in_frames(take_pending(room), FRAME_SIZE_FOR_ALL))
-        for member, (after, restarted) in entering.items():
-            give_snapshot(room, member, after, restarted)
-        if batch:
-            here = [m.outbox for m in room.members.values() if m.outbox and m not in entering]
-            frames = sum(1 + len(frame) / FRAME_UNIT for frame in batch) * len(here)
-            deliver(room, batch, here, time.monotonic() + frames / limits["FRAMES_PER_SECOND"])
-    except Exception:  # some may have it now, and others not: all of them resume
-        log.exception("A hand-out failed")
-        for outbox in [member.outbox for member in room.members.values() if member.outbox]:
-            evict(outbox, "The server has made a mistake. Come back and resume.")
-
-
-def take_pending(room: Room) -> list[str]:
-    """Return what is pending, and who is typing."""
     news, room.pending, room.pending_bytes = room.pending, [], 0
     if room.typing:  # news for a moment only: neither numbered nor remembered. Four are a crowd
         news.append(str(fragments.typing(list(room.typing)[:4])))
     room.typing.clear()
-    return news
+    connected = [member.outbox for member in room.members.values() if member.outbox]
+    here = [outbox for outbox in connected if outbox.after is None]
+    newcomers = [outbox for outbox in connected if outbox.after is not None]
+    try:
+        # The news goes to those who were here; newcomers find it in what they are given.
+        give_snapshots(room, newcomers[:OUTBOXES_AT_ONCE])
+        if batch := list(in_frames(news, FRAME_SIZE_FOR_ALL)):
+            work = sum(1 + len(frame) / FRAME_UNIT for frame in batch) * len(here)
+            deliver(room, batch, here, time.monotonic() + work / limits["FRAMES_PER_SECOND"])
+    except Exception:  # some may have it now, and others not: all of them resume
+        log.exception("A hand-out failed")
+        for outbox in connected:
+            evict(outbox, "The server has made a mistake. Come back and resume.")
+    if newcomers[OUTBOXES_AT_ONCE:]:
+        wake(room)
 
 
 def in_frames(strings: list[str], most: int) -> Iterator[str]:
     """Join strings to frames of at most so many characters, unless a single one has more."""
-    frame, size = [], 0
+    frame = ""
     for string in strings:
-        if size and size + len(string) > most:
-            yield "".join(frame)
-            frame, size = [], 0
-        frame.append(string)
-        size += len(string)
-    if size:
-        yield "".join(frame)
+        if frame and len(frame) + len(string) > most:
+            yield frame
+            frame = ""
+        frame += string
+    if frame:
+        yield frame
 
 
-def give_snapshot(room: Room, member: Member, after: int, restarted: bool) -> None:
-    """Hand a member what was said since the entry `after`; 0: all that we have.
+def give_snapshots(room: Room, newcomers: list[Outbox]) -> None:
+    """Give members what was said since the last entry that they have; 0: all that is remembered.
 
-    In a hand-out, when nothing is pending any more: what was said until now is in the history, and
-    what is said from now on comes with the next one. With an await between the two, an entry
-    posted in that moment would be in neither.
+    While this runs nothing is pending: what was said until now is in the history, and what is said
+    from now on comes with the next hand-out. With an await in here, an entry of that moment could
+    come twice, or before older ones.
     """
-    hole = after != 0 and not room.forgotten <= after <= room.seq
-    gap = [str(fragments.gap(room.forgotten, restarted))] if hole else []
     entries = sorted([*room.history, *room.notices])
-    missed = [entry for seq, entry in entries if seq > after or hole]
-    snapshot = in_frames([str(fragments.welcome(member)), *gap, *missed], FRAME_SIZE)
-    if member.outbox:
-        # Not counted, or a long history would evict whoever comes.
-        member.outbox.add(list(snapshot), counted=False)
-    show_presence(room)
+    for outbox in newcomers:
+        after, outbox.after = outbox.after, None
+        member = outbox.member
+        token = signer().dumps([room.code, room.birth, RUN, member.id, member.name])
+        hole = after != 0 and not room.forgotten <= after <= room.seq
+        gap = [str(fragments.gap(room.forgotten, after < room.start))] if hole else []
+        missed = [entry for seq, entry in entries if seq > after or hole]
+        snapshot = in_frames([str(fragments.welcome(member, token)), *gap, *missed], FRAME_SIZE)
+        outbox.put_nowait((list(snapshot), 0))  # uncounted, or a long history would evict them
+    if newcomers:
+        show_presence(room)
+
+
+def signer() -> URLSafeSerializer:
+    return URLSafeSerializer(limits["SECRET"], salt="member")
 
 
 def deliver(room: Room, batch: list[str], receivers: list[Outbox], rested: float) -> None:
     """Put a batch into outboxes, a few in each turn of the loop, so that other rooms get theirs."""
-    now, later_on = receivers[:OUTBOXES_AT_ONCE], receivers[OUTBOXES_AT_ONCE:]
-    # The timer is set first, because to deliver can be to evict, and that is news.
-    if later_on:
-        room.timer = later(0, deliver, room, batch, later_on, rested)
+    first, rest = receivers[:OUTBOXES_AT_ONCE], receivers[OUTBOXES_AT_ONCE:]
+    if rest:
+        room.timer = later(0, deliver, room, batch, rest, rested)
     else:
         room.timer = later(rested - time.monotonic(), hand_out, room)
-    for outbox in now:
+    for outbox in first:
         send(outbox, batch)
 
 
 def send(outbox: Outbox, batch: list[str]) -> None:
-    """Put frames into an outbox; if that is full, evict its member rather than wait.
+    """Put a batch of frames into an outbox; if that is full, evict its member rather than wait.
 
     Waiting would make the room as slow as its slowest member, and without a bound one dead phone
     would eat the memory.
     """
-    if not outbox.add(batch):
-        evict(outbox, "You were too slow. Come back and resume.")
+    size = sum(map(sys.getsizeof, batch))
+    if outbox.bytes and outbox.bytes + size > limits["OUTBOX_BYTES"]:
+        return evict(outbox, "You were too slow. Come back and resume.")
+    outbox.bytes += size
+    outbox.put_nowait((batch, size))
 
 
 def evict(outbox: Outbox, why: str) -> None:
     """End a connection that has missed something; its member comes back, and resumes."""
     if not outbox.hung_up:
-        outbox.clear()  # all of it: a hole in the middle would be taken for the whole
+        while not outbox.empty():  # all of it: a hole in the middle would be taken for the whole
+            outbox.get_nowait()
         outbox.hang_up(1013, why)
         lose(outbox)
 
@@ -415,32 +400,38 @@ def evict(outbox: Outbox, why: str) -> None:
 def show_presence(room: Room) -> None:
     """Have the list of members shown soon: it goes to all and names all, so it has its own pace."""
     if not room.presence:
-        room.presence = later(len(room.members) / 500, add_presence, room)
+        room.presence = later(len(room.members) / PRESENCES_PER_SECOND, add_presence, room)
 
 
 def add_presence(room: Room) -> None:
     room.presence = None
-    if members := list(room.members.values()):
-        room.pending.append(str(fragments.presence(members, members[0], room.locked)))
-        wake(room)
+    room.pending.append(str(fragments.presence(room)))
+    wake(room)
 
 
 # ── Coming and going ─────────────────────────────────────────────────────────────────────────────
 
 
-def open_room(code: str, birth: int = 0) -> Room:
-    """Open a room, or open one again that was born in another run; Close 4503 if there are too many.
+def create_room(code: str, address: str = "", birth: int = 0) -> Room:
+    """Open a room for an address, or return the one that is there, for a class or a double click.
 
-    Its numbers start from the clock, in milliseconds: opened again after a restart it goes on
-    above its old numbers, so that an old cursor is never mistaken for a new one.
+    Close 1008 if that address has opened too many; even if the room is there, or a right guess could
+    be told from a wrong one. 4503 if there are too many in all. A room that was born in another run
+    is opened again. Its numbers start from the clock, in milliseconds, and thus above its old ones,
+    so that an old number is never mistaken for a new one.
     """
+    why = "Your network has created many rooms. Wait a minute, and try again."
+    check("NEW_ROOMS", address, why)
+    if code in rooms:
+        return rooms[code]
     if len(rooms) >= limits["ROOMS"]:  # the oldest that nobody has entered makes way
-        unentered = next((room for room in rooms.values() if not room.members), None)
-        if not unentered:
+        empty = next((room for room in rooms.values() if not room.members), None)
+        if not empty:
             raise Close(4503, "There are too many rooms. Try again later.")
-        close_room(unentered)
+        close_room(empty)
+    allowance("NEW_ROOMS", address).spend(1)
     now = time.time_ns() // 1_000_000
-    room = rooms[code] = Room(code, birth or now, seq=now, forgotten=now)
+    room = rooms[code] = Room(code, birth or now, address, start=now, seq=now, forgotten=now)
     room.unentered = later(UNENTERED, close_room, room)
     return room
 
@@ -449,70 +440,74 @@ def close_room(room: Room) -> None:
     for timer in (room.unentered, room.timer, room.presence):
         if timer:
             timer.cancel()
-    room.timer = None
+    room.timer = None  # take_in looks at it
     del rooms[room.code]
     closed.append(room.code)
 
 
-def enter(room: Room, member: Member, outbox: Outbox, after: int, restarted: bool) -> None:
-    """Connect a member, which is to be handed what was said since the entry `after`."""
+def enter(member: Member, outbox: Outbox, after: int) -> None:
+    """Connect a member, which is to be given what was said since the entry `after`."""
+    room = member.room
     room.unentered.cancel()
-    if member.grace:
-        member.grace.cancel()
+    if member.timer:
+        member.timer.cancel()
     if member.outbox:
         member.outbox.hang_up(4409, "You opened this chat in another tab.")
     room.members[member.id] = member
-    outbox.room, outbox.member, outbox.frames = room, member, member.frames
-    member.outbox = outbox
-    room.entering[member] = after, restarted
+    member.outbox, member.address = outbox, outbox.address
+    outbox.member, outbox.after, outbox.allowance = member, after, member.allowance
     wake(room)
 
 
 def lose(outbox: Outbox) -> None:
     """Note that a connection has ended: its member leaves, unless it is back within the grace."""
-    room, member = outbox.room, outbox.member
+    member = outbox.member
     if not member or member.outbox is not outbox:
         return  # never joined, or has another connection by now
     member.outbox = None
     if outbox.grace:
-        member.grace = later(outbox.grace, leave, room, member, "left")
-        show_presence(room)
+        member.timer = later(outbox.grace, leave, member, "left")
+        show_presence(member.room)
     else:
-        leave(room, member, "left")
+        leave(member, "left")
 
 
-def leave(room: Room, member: Member, what: str) -> None:
+def leave(member: Member, what: str) -> None:
     """Take a member out of its room, and forget the room with the last one."""
-    if member.grace:
-        member.grace.cancel()
+    room = member.room
+    if member.timer:
+        member.timer.cancel()
     room.typing.discard(member)
     del room.members[member.id]
+    if not room.members:
+        return close_room(room)
     post(room, fragments.notice, name=member.name, what=what)
     show_presence(room)
-    if not room.members:
-        close_room(room)
 
 
 # ── The WebSocket ────────────────────────────────────────────────────────────────────────────────
 
 
 @app.websocket("/r/<code>/ws")
-async def connection(code: str) -> None:
-    """Serve one connection: receive and relay side by side, until one of them raises Close.
+async def connection(code: str):
+    """Serve one connection: receive and relay side by side, until it ends.
 
     In a TaskGroup, in which an exception of the one ends the other: a member that can still hear
-    but no longer speak is worse than one that is gone.
+    but no longer speak is worse than one that is gone. We end it by raising Close in one of them;
+    if the browser ends it, or the network does, Quart cancels this, and both with it.
     """
     ws = websocket._get_current_object()  # what `websocket` stands for, looked up once
-    if not same_origin():
-        note("CHAT_ORIGINS: a page of another site has tried to connect")
-        return "This page may not connect here.", 403
-    end = Close(1011, "The server has made a mistake.")
     outbox = Outbox(address_of(ws))
     async with turn(outbox.address, CONNECTION):
-        await ws.accept()  # even to say no: a browser shows the code of a close, no refusal's
+        if not same_origin():
+            note("CHAT_ORIGINS: a page of another site has tried to connect")
+            return "This page may not connect here.", 403
+        await ws.accept()  # also those we turn away: browsers show the code of a close only
+    end = Close(1011, "The server has made a mistake.")
     outboxes[outbox] = None
     make_way(outbox)
+    if stopping.is_set():
+        outbox.hang_up(1012, RESTART)
     try:
         async with asyncio.TaskGroup() as both:
             both.create_task(relay(outbox, ws))
@@ -526,10 +521,9 @@ async def connection(code: str) -> None:
         log.error("A connection failed", exc_info=errors)
     finally:
         try:
-            # Always with a code: without, it would be 1000, and nobody would come back.
-            await ws.close(end.code, end.reason)
-        except OSError:
-            pass  # the network has given up
+            with suppress(OSError):  # the network has given up
+                # Always with a code: without, it would be 1000, and nobody would come back.
+                await ws.close(end.code, end.reason)
         finally:
             outboxes.pop(outbox, None)
 
@@ -550,7 +544,8 @@ def same_origin() -> bool:
 async def relay(outbox: Outbox, ws) -> None:
     """Carry batches from the outbox to the socket, until there is a Close instead."""
     while True:
-        batch = await outbox.take()
+        batch, size = await outbox.get()
+        outbox.bytes -= size
         if isinstance(batch, Close):
             raise batch
         for frame in batch:
@@ -560,31 +555,32 @@ async def relay(outbox: Outbox, ws) -> None:
 
 async def receive(code: str, outbox: Outbox, ws) -> None:
     """Take in frame after frame: a hello, then the rest, until the connection ends."""
+    loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(JOIN_DEADLINE) as deadline:
             while True:
-                await take_in(await next_frame(outbox, ws), code, outbox)
+                raw = await ws.receive()
                 if outbox.member:
-                    deadline.reschedule(None)
+                    deadline.reschedule(None)  # from here on it is we who are slow
+                await take_in(await parse(raw, outbox), code, outbox)
+                raw = None  # as in relay
+                if outbox.member:
+                    deadline.reschedule(loop.time() + 2.5 * limits["BEAT"])
     except TimeoutError:
-        raise Close(1013, "You did not say hello in time.") from None
-    except Close as close:
-        if not close.comes_back:
-            outbox.grace = 0
+        raise Close(1013, "You were silent for too long. Come back.") from None
+    except Close:  # who has left, or has broken a rule, does not come back
+        outbox.grace = 0
         raise
     finally:
         lose(outbox)
 
 
-async def next_frame(outbox: Outbox, ws) -> dict:
-    """Return the next frame, an object with one verb; Close 1008 or 1009 if it is anything else.
+async def parse(raw, outbox: Outbox) -> dict:
+    """Return a frame, an object with one verb; Close 1008 or 1009 if it is anything else.
 
     Who sends too much is not told so, but read more slowly: what we do not read fills the buffers
     on the way, and then TCP has the sender wait. That is backpressure.
     """
-    outbox.waiting_since = time.monotonic()
-    raw = await ws.receive()
-    outbox.waiting_since = None
     if isinstance(raw, guards.Violation):
         raise Close(*raw)
     if not isinstance(raw, str):
@@ -592,8 +588,8 @@ async def next_frame(outbox: Outbox, ws) -> dict:
     size = len(raw.encode())
     if size > largest_frame():
         raise Close(1009, f"A frame has at most {largest_frame()} bytes.")
-    outbox.frames.spend(1 + size // 1024)
-    if wait := outbox.frames.until_paid():
+    outbox.allowance.spend(1 + size // 1024)
+    if wait := outbox.allowance.until_paid():
         await asyncio.sleep(wait)
     try:
         frame = json.loads(raw)
@@ -607,21 +603,23 @@ async def next_frame(outbox: Outbox, ws) -> dict:
 
 
 def largest_frame() -> int:
-    """Return how many bytes a frame may have: JSON can need eight for one character."""
+    """Return how many bytes a frame may have. In browsers a character has six at most, as in \\u0001."""
     return 8 * limits["MESSAGE_LENGTH"] + 384
 
 
 async def take_in(frame: dict, code: str, outbox: Outbox) -> None:
-    """Act on a frame, when its room has space for more and it is the turn of its address."""
-    room = outbox.room
-    while room and room.pending_bytes > PENDING_BYTES and room.timer:
-        await asyncio.sleep(room.timer.when() - asyncio.get_running_loop().time())
+    """Act on a frame, after the hand-outs that have to be before it, when it is the address's turn."""
+    if member := outbox.member:
+        room, loop = member.room, asyncio.get_running_loop()
+        while room.timer and (outbox.after is not None or room.pending_bytes > PENDING_BYTES):
+            await asyncio.sleep(room.timer.when() - loop.time())
     async with turn(outbox.address):
         if outbox.hung_up:
-            return  # it will say it again on its next connection
-        outbox.grace = GRACE_CLOSED if "bye" in frame else limits["GRACE"]
-        if room:
-            act(room, outbox.member, frame)
+            return  # what it says, it says again on its next connection
+        grace = limits["GRACE"]
+        outbox.grace = min(grace, GRACE_CLOSED) if "bye" in frame else grace
+        if member:
+            act(member, frame)
         else:
             hello(code, outbox, frame)
 
@@ -635,22 +633,26 @@ def hello(code: str, outbox: Outbox, frame: dict) -> None:
             except ValueError as why:
                 send(outbox, [str(fragments.unusable(why))])
         case {"hello": {"token": str(token), "after": int(after)}}:
-            come_back(code, token, after, outbox)
+            try:
+                come_back(code, token, after, outbox)
+            except Close as close:  # full, and that will pass
+                raise Close(1013, close.reason) if close.code in (1008, 4503) else close from None
         case _:
             raise Close(1008, "The first frame has to be a hello.")
 
 
-def act(room: Room, member: Member, frame: dict) -> None:
-    """Do what a frame of a member says; Close 1000 if it leaves, 1008 if that is no frame."""
+def act(member: Member, frame: dict) -> None:
+    """Do what a member says; Close 1000 if it leaves, 1008 if that is nothing that it may say."""
+    room = member.room
     host = next(iter(room.members.values())) is member
     match frame:
         case {"say": str(text), "id": str(id)} if ID.fullmatch(id):
-            say(room, member, id, text)
+            say(member, id, text)
         case {"typing": True}:
             room.typing.add(member)
             wake(room)
         case {"here": int()} | {"bye": True}:
-            pass  # that it came is enough
+            pass  # that it came is enough; for bye, see take_in
         case {"leave": True}:
             raise Close(1000, "You left the room.")
         case {"lock": bool(locked)} if host:
@@ -659,13 +661,13 @@ def act(room: Room, member: Member, frame: dict) -> None:
             post(room, fragments.notice, name=member.name, what=what)
             show_presence(room)
         case {"remove": str(id)} if host:
-            if removed := room.members.get(id):
-                remove(room, removed)
+            if somebody := room.members.get(id):
+                remove(somebody)
         case _:
             raise Close(1008, "That is not a frame of this chat.")
 
 
-def say(room: Room, member: Member, id: str, text: str) -> None:
+def say(member: Member, id: str, text: str) -> None:
     """Post what a member says, once; or tell it that this had been posted, or why it cannot be."""
     key = hash(id)  # smaller to remember
     if key in member.posted:  # sent again, because the echo had not reached it
@@ -674,92 +676,88 @@ def say(room: Room, member: Member, id: str, text: str) -> None:
     if not text.strip() or len(text) > limits["MESSAGE_LENGTH"]:
         why = f"A message has 1 to {limits['MESSAGE_LENGTH']} characters."
         return send(member.outbox, [str(fragments.verdict(id, "refused", why))])
+    member.room.typing.discard(member)
+    post(member.room, fragments.message, member=member, id=id, pieces=guards.pieces(text))
     member.posted.append(key)
-    room.typing.discard(member)
-    post(room, fragments.message, member=member, id=id, pieces=guards.pieces(text))
 
 
-def remove(room: Room, member: Member) -> None:
-    """Have a member leave because the host wants it so. It cannot come back with its token."""
-    room.removed.add(member.id)
+def remove(member: Member) -> None:
+    """Have a member leave because the host wants it so. Its token is good no more, in this run."""
+    member.room.removed.add(member.id)
     if member.outbox:
         member.outbox.hang_up(4403, "The host has removed you from this room.")
         member.outbox = None
-    leave(room, member, "was removed")
+    leave(member, "was removed")
 
 
 # ── Who comes in ─────────────────────────────────────────────────────────────────────────────────
-
-RUN = secrets.token_hex(4)  # this run of the program; a token that names another is older
-runs: dict[str, float] = {}  # the other ones, and when we saw their tokens first
 
 
 def join(code: str, raw_name: str, outbox: Outbox) -> None:
     """Let somebody new into a room.
 
     ValueError says why a name cannot be used. Close: 1008 too many wrong codes, 4404 no such room,
-    4403 locked, 4503 full.
+    4403 locked, 4503 full, or too many have joined.
     """
     name = guards.usable_name(raw_name)
     room = find_room(code, outbox.address)
     if not room:
         raise Close(4404, "There is no such room, or it has closed.")
-    add_member(room, secrets.token_hex(8), name, outbox, full=4503)
+    add_member(room, secrets.token_hex(8), name, outbox)
 
 
 def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
     """Let somebody in who was in a room before, even before a restart, and resume.
 
-    Close: 4401 not a token of this room, 4404 closed, 4403 removed or locked, 1013 full for now.
+    Close: 4401 not a token of this room, 4404 closed, 4403 removed or locked, and as create_room.
     """
     try:
         home, birth, run, id, name = signer().loads(token)
-    except BadSignature:
-        home = None  # no longer ours after a restart without CHAT_SECRET
+    except (BadSignature, TypeError, ValueError):
+        home = None  # forged, or signed with the secret of another start
     room = rooms.get(code)
-    # The same whether there is such a room or not, so that there is nothing to guess from.
     if home != code or (room and room.birth != birth):
         raise Close(4401, "You were not in this room. Give your name again.")
-    # Of another run, first seen a moment ago: there was a restart, and its rooms are opened again.
+    # For a while after the first token of another run: that run's rooms are opened again.
     now = time.monotonic()
-    restarted = run != RUN and now - runs.setdefault(run, now) < limits["GRACE"]
+    first_seen = now if run == RUN else runs.setdefault(run, now)
+    restarted = run != RUN and now - first_seen < limits["GRACE"]
     if not room:
         if not restarted or code in closed:
             raise Close(4404, "This room has closed.")
-        try:
-            room = create_room(code, outbox.address, birth)
-        except Close as full:
-            raise Close(1013, full.reason) from None
+        room = create_room(code, outbox.address, birth)
     if id in room.removed:
         raise Close(4403, "The host has removed you from this room.")
     if member := room.members.get(id):
-        enter(room, member, outbox, after, restarted)
+        enter(member, outbox, after)
     else:
-        add_member(room, id, name, outbox, after, restarted, full=1013)
+        add_member(room, id, name, outbox, after, restarted)
 
 
-def signer() -> URLSafeSerializer:
-    return URLSafeSerializer(limits["SECRET"], salt="member")
+def add_member(room: Room, id: str, name: str, outbox: Outbox, after=0, restarted=False) -> None:
+    """Make a member, and have it enter; Close 4403 if the room is locked, 4503 if it is full.
 
-
-def add_member(
-    room: Room, id: str, name: str, outbox: Outbox, after=0, restarted=False, *, full: int
-) -> None:
-    """Make a member, and have it enter; Close 4403 if the room is locked, `full` if it is full."""
-    if room.locked:
-        raise Close(4403, "This room is locked: nobody new comes in.")
-    check_space(room, outbox.address, full)
+    After a restart without a word, and also if it has been locked again: it was here before.
+    """
     others = list(room.members.values())
+    if room.locked and not restarted:
+        raise Close(4403, "This room is locked: nobody new comes in.")
+    # Reconnecting ones count, too: to say hello and hang up, a thousand times, would fill the server.
+    if sum(len(each.members) for each in rooms.values()) >= 2 * limits["SOCKETS"]:
+        raise Close(4503, "This server is full. Try again later.")
+    if sum(member.outbox is not None for member in others) >= limits["MEMBERS"]:
+        raise Close(4503, "This room is full.")
+    why = "Too many have joined from your network. Try again in a few minutes."
+    check("SOCKETS_PER_ADDRESS", outbox.address, why, code=4503)
+    allowance("SOCKETS_PER_ADDRESS", outbox.address).spend(1)
     name = guards.unlike_others(name, [member.name for member in others])
     hues = [member.hue for member in others]
     hue = min(range(16), key=hues.count)
-    token = signer().dumps([room.code, room.birth, RUN, id, name])
-    if not restarted:  # after a restart members come back without a word
+    if not restarted:
         post(room, fragments.notice, name=name, what="joined")
-    member = Member(id, name, token, outbox.address, hue, outbox.frames)
-    enter(room, member, outbox, after, restarted)
+    enter(Member(room, id, name, outbox.address, hue, outbox.allowance), outbox, after)
     if len(room.members) > limits["MEMBERS"]:  # who is lost makes way for who is here
-        leave(room, next(lost for lost in others if not lost.outbox), "left")
+        leave(next(member for member in others if not member.outbox), "left")
 
 
 # ── Strangers ────────────────────────────────────────────────────────────────────────────────────
@@ -774,30 +772,15 @@ def address_of(client) -> str:
     return guards.address(client, limits["PROXIES"])
 
 
-@asynccontextmanager
-async def turn(address: str, besides: float = 0.0) -> AsyncIterator[None]:
-    """Wait until it is the turn of an address, and measure for how long that keeps us busy.
-
-    Whoever has used up its share waits. And in one turn of the loop an address has only a slice of
-    its share, so that others come in between. `besides` is what we cannot measure, in seconds.
-    """
-    share = share_of(address)
-    async with share.line:
-        while share.in_this_turn > share.slice or share.left() < 0:
-            await asyncio.sleep(share.until_paid())  # if that is 0: until the loop's next turn
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        share.use(time.perf_counter() - started + besides)
-
-
 class Share(Allowance):
-    """The seconds for which an address may keep the event loop busy, WebSockets and HTTP together."""
+    """The seconds for which an address may keep us busy, WebSockets and HTTP together.
+
+    And in one turn of the event loop only a slice of that, so that others come in between.
+    """
 
     def __init__(self, rate: float):
         super().__init__(rate, burst=10 * rate)
-        self.slice = rate / 125  # of each turn of the loop: 2 ms, if a second has 0.25
+        self.slice = rate / 125  # 2 ms, if a second has 0.25
         self.in_this_turn = 0.0
         self.line = asyncio.Lock()  # who has to wait waits in line, and only the first looks up
 
@@ -816,6 +799,23 @@ def share_of(address: str) -> Share:
     return Share(limits["SHARE"])
 
 
+@asynccontextmanager
+async def turn(address: str, besides: float = 0.0) -> AsyncIterator[None]:
+    """Wait until an address may keep us busy, and measure for how long what is done then does.
+
+    `besides` is what cannot be measured, in seconds.
+    """
+    share = share_of(address)
+    async with share.line:
+        while share.in_this_turn > share.slice or share.left() < 0:
+            await asyncio.sleep(share.until_paid())  # if that is 0: until the loop's next turn
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        share.use(time.perf_counter() - started + besides)
+
+
 @lru_cache(30_000)
 def allowance(limit: str, address: str) -> Allowance:
     """Return what is left to an address of a limit that is good for ten minutes."""
@@ -829,33 +829,19 @@ def check(limit: str, address: str, why: str, code: int = 1008) -> None:
         raise Close(code, why)
 
 
-def create_room(code: str, address: str, birth: int = 0) -> Room:
-    """Open a room for an address, or return the one that is there, for a class or a double click.
-
-    Close 1008 if that address has opened too many; even if the room is there, or a right guess could
-    be told from a wrong one. 4503 if there are too many in all.
-    """
-    why = "Your network has created many rooms. Wait a minute, and try again."
-    check("NEW_ROOMS", address, why)
-    if code not in rooms:
-        open_room(code, birth).creator = address
-        allowance("NEW_ROOMS", address).take()
-    return rooms[code]
-
-
 def find_room(code: str, address: str) -> Room | None:
     """Return the room with this code, if there is one; Close 1008 after too many wrong codes.
 
-    Then even for a right code, or whoever tries them all would still find the rooms. But who has
-    created the room, or where somebody is in it already, nobody is guessing. Codes of rooms that
-    have closed are not counted: a class that reloads its pages is not guessing, either.
+    Then even for a right code, or whoever tries them all would still find the rooms. But not for
+    the address that has created the room, or that has a member in it. Codes of rooms that have
+    closed are not counted: a class that reloads its pages is not guessing.
     """
     room = rooms.get(code)
     if room and address in {room.creator, *(member.address for member in room.members.values())}:
         return room
     check("WRONG_CODES", address, "Too many wrong codes have been tried. Wait ten minutes.")
     if not room and code not in closed:
-        allowance("WRONG_CODES", address).take()
+        allowance("WRONG_CODES", address).spend(1)
     return room
 
 
@@ -864,35 +850,16 @@ def make_way(newest: Outbox) -> None:
 
     That may be the newest itself. With 1013: it may hold a token, and then has to come back.
     """
-    candidates = [outbox for outbox in outboxes if outbox.address == newest.address]
-    why = "There are too many connections from your network."
-    if len(candidates) <= limits["SOCKETS_PER_ADDRESS"]:
-        candidates, why = list(outboxes), "This server is full. Try again later."
-        if len(candidates) <= limits["SOCKETS"]:
-            return
+    mine = [outbox for outbox in outboxes if outbox.address == newest.address]
+    if len(mine) > limits["SOCKETS_PER_ADDRESS"]:
+        candidates, why = mine, "There are too many connections from your network."
+    elif len(outboxes) > limits["SOCKETS"]:
+        candidates, why = outboxes, "This server is full. Try again later."
+    else:
+        return
     silent = next(outbox for outbox in candidates if not outbox.member)
     del outboxes[silent]  # here, and not when it has gone: it is not to be found twice
     silent.hang_up(1013, why)
-
-
-def check_space(room: Room, address: str, full: int) -> None:
-    """Do nothing if there is space for one more member; else Close, with the code `full`.
-
-    Those who are reconnecting are counted, too: to say hello and hang up, a thousand times, would
-    fill the server. That is also why an address has only so many joins.
-    """
-    members = list(room.members.values())
-    if sum(len(room.members) for room in rooms.values()) >= 2 * limits["SOCKETS"]:
-        raise Close(full, "This server is full. Try again later.")
-    if sum(member.outbox is not None for member in members) >= limits["MEMBERS"]:
-        raise Close(full, "This room is full.")
-    why = "Too many have joined from your network. Try again in a few minutes."
-    check("SOCKETS_PER_ADDRESS", address, why, full)
-    allowance("SOCKETS_PER_ADDRESS", address).take()
-
-
-log = logging.getLogger("chat")  # closes, limits reached, errors; no message, name, code or token
-noted: Counter[str] = Counter()
 
 
 def note(what: str, who: str = "") -> None:
@@ -911,9 +878,7 @@ def note_again(what: str) -> None:
 
 def forget() -> None:
     """Forget all rooms and addresses: each test begins with that."""
-    for room in list(rooms.values()):
-        close_room(room)
-    for memory in (closed, runs, noted):
+    for memory in (rooms, closed, runs, noted):
         memory.clear()
     share_of.cache_clear()
     allowance.cache_clear()
@@ -933,9 +898,8 @@ async def refuse_other_sites():
 
     Before anything is counted: an image on a foreign page is not a visitor who guesses codes.
     """
-    fetch = request.headers.get("Sec-Fetch-Site"), request.headers.get("Sec-Fetch-Dest")
-    link = request.method == "GET" and fetch[1] == "document"
-    if fetch[0] == "cross-site" and not link:
+    link = request.method == "GET" and request.headers.get("Sec-Fetch-Dest") == "document"
+    if request.headers.get("Sec-Fetch-Site") == "cross-site" and not link:
         return "Another site may not ask for this.", 403
 
 
@@ -990,8 +954,8 @@ async def room_page(code: str):
 def link(code: str) -> str:
     """Return the link of a room for others: to them, `localhost` would be their own machine."""
     site = f"{guards.scheme(request, limits['PROXIES'])}://{request.host}"
-    if only_here(site) and limits["NETWORK"]:
-        site = limits["NETWORK"]
+    if only_here(site):
+        site = limits.get("NETWORK", site)  # as main has found it out, if we listen to all
     return f"{site}/r/{code}"
 
 
@@ -1043,6 +1007,8 @@ async def refusal_page(close: Close):
 
 @app.errorhandler(HTTPException)
 async def error_page(error: HTTPException):
+    if not has_request_context():  # a WebSocket that leads nowhere
+        return error.description, error.code
     return await home(error.name, error.description, error.code)
 
 
@@ -1056,25 +1022,25 @@ async def run(listener: socket.socket, first: str = "") -> None:
         signal.signal(getattr(signal, name), lambda *_: loop.call_soon_threadsafe(stopping.set))
 
     async def stopped() -> None:
-        with listener:  # Hypercorn has a copy, and has let only config.backlog wait
-            listener.listen(1024)
+        with listener:  # of which Hypercorn has a copy
+            listener.listen(1024)  # so many may wait, see config.backlog
         await stopping.wait()
         later(4, os._exit, 0)  # the last resort: a peer that never reads blocks a close
+        for outbox in outboxes:
+            outbox.hang_up(1012, RESTART)
         deadline = time.monotonic() + 1
         while outboxes and time.monotonic() < deadline:
-            for outbox in outboxes:
-                outbox.hang_up(1012, "The server restarts.")
             await asyncio.sleep(0.05)
 
-    if first:
-        open_room(first).unentered.cancel()  # the one that the terminal shows: it waits for long
+    if first:  # the one that the terminal shows: it waits for longer than the others
+        create_room(first).unentered.cancel()
     heart = asyncio.create_task(beat())
-    # A proxy is no stranger, and has limits of its own.
+    # One peer may have so many connections; a proxy is no stranger, and has limits of its own.
     most = 0 if limits["PROXIES"] else 2 * limits["SOCKETS_PER_ADDRESS"]
     guards.install(app, lambda: Allowance(10, 60), most, lambda peer: turn(peer, CONNECTION))
     config = Config()
     config.bind = [f"fd://{listener.dup().detach()}"]
-    config.backlog = 16  # so many are accepted in one turn of the loop: a thousand would stop it
+    config.backlog = 16  # asyncio accepts so many in one turn of the loop: a thousand would stop it
     config.websocket_max_message_size = largest_frame()
     config.loglevel, config.include_server_header = "WARNING", False
     await serve(app, config, shutdown_trigger=stopped)
@@ -1082,24 +1048,21 @@ async def run(listener: socket.socket, first: str = "") -> None:
 
 
 async def beat() -> None:
-    """Send everybody a heartbeat, and have one back: who does not answer is lost.
+    """Send everybody a heartbeat, which the page answers: who does not is lost, see receive.
 
     It tells a browser an idle room from a dead line. The server sets the pace, because the timers
     of a hidden tab stand still.
     """
     while True:
         await asyncio.sleep(limits["BEAT"])
-        heartbeat = str(fragments.beat())
-        for outbox in list(outboxes):
+        for number, outbox in enumerate(list(outboxes)):
             try:
-                since = outbox.waiting_since
-                if since and time.monotonic() - since > 2.5 * limits["BEAT"]:
-                    evict(outbox, "You were silent for too long. Come back and resume.")
-                else:
-                    send(outbox, [heartbeat])
+                send(outbox, [str(fragments.beat())])
             except Exception:  # or the heart would stand still for all
                 log.exception("A heartbeat failed")
                 evict(outbox, "The server has made a mistake. Come back and resume.")
+            if number % OUTBOXES_AT_ONCE == 0:
+                await asyncio.sleep(0)
 
 
 def main() -> None:

@@ -425,9 +425,13 @@ class Stream(ws_stream.WSStream):
             # Messages are counted where they are read; this is what the application never sees.
             fragment = isinstance(event, Message) and event.frame_finished > event.message_finished
             unseen = fragment or not isinstance(event, Message)
-            if unseen and not self.frames.take():
-                await self.report(Violation(1008, "You sent too many pings or fragments."))
-            elif isinstance(event, Message):
+            if unseen:
+                if self.frames.left() < 1:
+                    return await self.report(
+                        Violation(1008, "You sent too many pings or fragments.")
+                    )
+                self.frames.spend(1)
+            if isinstance(event, Message):
                 if self.buffer.length + len(event.data) > self.buffer.max_length:
                     await self.report(Violation(1009, "That frame was too large."))
                     continue

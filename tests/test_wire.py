@@ -329,7 +329,8 @@ from hypercorn.asyncio import serve
 from hypercorn.config import Config
 from quart import Quart, websocket
 class Always:
-    take = staticmethod(lambda: True)
+    left = staticmethod(lambda: 1)
+    spend = staticmethod(lambda tokens: None)
 app = Quart("echo")
 @app.websocket("/")
 async def echo():
