@@ -18,7 +18,21 @@ from playwright.async_api import async_playwright
 from bench.peer import Closed, Peer, Proxy, Server
 
 fixture = partial(pytest_asyncio.fixture, loop_scope="session")
-settings = pytest.mark.settings  # @settings(CHAT_BEAT="1") is for the server of one test
+settings = pytest.mark.settings  # @settings(CHAT_BEAT="1"), or @settings() for a server of its own
+# The server that most tests share forgets all between two of them, and all whom they left there.
+SHARED = """
+import asyncio, chat
+@chat.app.post("/forget")
+async def forget():
+    for room in list(chat.rooms.values()):
+        for member in list(room.members.values()):
+            chat.remove(room, member)
+    chat.forget()
+    while chat.outboxes:
+        await asyncio.sleep(0.005)
+    return ""
+chat.main()
+"""
 
 
 def pytest_collection_modifyitems(items):
@@ -28,15 +42,27 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
 
 
+@pytest.fixture(scope="session")
+def shared():
+    server = Server(SHARED)
+    yield server
+    server.stop()
+
+
 @fixture
 async def server(request):
-    """A server of its own for each test, with the room PARTY2."""
+    """A server that knows nothing but the room PARTY2: the shared one, or one with @settings."""
     mark = request.node.get_closest_marker("settings")
-    server = Server(**(mark.kwargs if mark else {}))
+    server = Server(**mark.kwargs) if mark else request.getfixturevalue("shared")
+    said = len(server.complaints())
     server.create_room("PARTY2")
     yield server
     await Peer.close_all()
-    server.stop()
+    if mark:
+        server.stop()
+    else:
+        await http(server, "POST /forget HTTP/1.1")
+        print(server.complaints()[said:], file=sys.stderr)  # shown if the test has failed
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +151,7 @@ async def chromium():
 
 
 @fixture
-async def browser(chromium):
+async def browser(chromium, server):
     """The one browser of all tests, in which nothing is left open after each."""
     yield chromium
     for context in chromium.contexts:

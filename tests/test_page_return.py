@@ -208,6 +208,7 @@ async def test_nothing_is_stuck_when_a_connection_is_replaced_while_it_opens(joi
     assert await ann.locator("#unsent li").count() == 0
 
 
+@settings()
 async def test_a_closed_room_says_so_and_keeps_what_was_read(server, join, line):
     ann = await join("Ann", line)
     await writes(ann, "to be read")

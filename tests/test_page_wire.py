@@ -9,7 +9,7 @@ from conftest import agree, enters, messages, settings, shows, writes
 
 async def shows_the_wire(page):
     await page.click("#wire-open")
-    await page.wait_for_selector("#wire-state:has-text('open')")
+    await page.wait_for_selector("#wire-frames .line:has-text('open')")
     return page
 
 

@@ -8,12 +8,13 @@ import tomllib
 
 import pytest
 import zxingcpp
-from conftest import hears, is_closed, peer, program
+from conftest import hears, is_closed, peer, program, settings
 
 import chat
 from bench.peer import HERE, Server
 
 
+@settings()
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_it_stops_at_once_with_a_hundred_open_sockets_and_says_why(server, number):
     people = [await peer(server, f"member {n}") for n in range(100)]
@@ -24,6 +25,7 @@ async def test_it_stops_at_once_with_a_hundred_open_sockets_and_says_why(server,
     assert time.monotonic() - started < 2
 
 
+@settings()
 async def test_it_stops_whatever_a_peer_does(server):
     ann, dead = await peer(server, "Ann"), await peer(server, "Dead")
     dead.stop_reading()
