@@ -13,6 +13,7 @@ from urllib.request import urlopen
 
 import pytest
 import pytest_asyncio
+from axe_playwright_python.base import AXE_SCRIPT
 from playwright.async_api import async_playwright
 
 from bench.peer import Closed, Peer, Proxy, Server
@@ -217,6 +218,15 @@ async def messages(page) -> list[str]:
 async def scroll_up(page) -> None:
     await page.evaluate("document.getElementById('scroller').scrollTop = 0")
     await asyncio.sleep(0.2)  # for the page to have noticed
+
+
+async def violations(page, **options) -> list[tuple[str, str]]:
+    """Return which rules of axe-core the page breaks, and the first element that does."""
+    if not await page.evaluate("'axe' in window"):  # it is large: once for each page
+        await page.evaluate(AXE_SCRIPT)
+    options = {"resultTypes": ["violations"]} | options
+    found = await page.evaluate("options => axe.run(options)", options)
+    return [(rule["id"], rule["nodes"][0]["html"]) for rule in found["violations"]]
 
 
 async def transcript(download) -> str:
