@@ -455,6 +455,7 @@ class Proxy:
         self.server, self.luck = server, luck  # whatever has a port is a server
         self.up, self.calm = True, not luck
         self.silent: set[str] = set()  # the directions in which nothing arrives: "out", "in"
+        self.breaking = 0  # connections to which a fault is happening
         self.writers, self.faults = set(), Counter()
 
     async def __aenter__(self) -> Self:
@@ -495,7 +496,9 @@ class Proxy:
             if self.calm:
                 await asyncio.wait(pumps)
             else:
+                self.breaking += 1
                 await self.damage(pumps, silent, writer, far_writer)
+                self.breaking -= 1
         finally:
             self.writers -= ends
             for pump in pumps:

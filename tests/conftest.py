@@ -145,7 +145,10 @@ async def chromium():
         chromium = await playwright.chromium.launch(
             executable_path=program,
             ignore_default_args=["--disable-back-forward-cache"],
-            args=["--host-resolver-rules=MAP class.test 127.0.0.1"],
+            args=[
+                "--host-resolver-rules=MAP class.test 127.0.0.1",
+                *("--process-per-site", "--renderer-process-limit=1"),  # to start one takes long
+            ],
         )
         yield chromium
         await chromium.close()
@@ -196,6 +199,7 @@ async def join(tab):
 
 
 async def enters(page, name: str):
+    await page.wait_for_selector("#join button:enabled")  # or Enter would do nothing
     await page.fill("#name", name)
     await page.press("#name", "Enter")
     await page.wait_for_selector("[data-state=connected]")
