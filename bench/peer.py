@@ -16,6 +16,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Self
@@ -150,7 +151,9 @@ class Many:
     banner, create_room = "", Server.create_room
 
     def __init__(self, folder: Path, count: int = 4):
-        self.servers = [Server(end=signal.SIGKILL, **self.SETTINGS) for _ in range(count)]
+        with ThreadPoolExecutor() as pool:  # all at once
+            settings = {"end": signal.SIGKILL, **self.SETTINGS}
+            self.servers = list(pool.map(lambda _: Server(**settings), range(count)))
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         ports = dict(zip(range(8001, 8005), [server.port for server in self.servers], strict=False))
