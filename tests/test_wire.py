@@ -359,7 +359,7 @@ async def test_the_autobahn_cases_pass(tmp_path):
     """
     server = Server(ECHO, end=signal.SIGKILL)
     kosoku = shutil.which("kosoku", path=os.path.dirname(sys.executable))
-    command = [kosoku, "-p", "2", "-x", "9.*", "-x", "12.*", "-x", "13.*", "-o", tmp_path]
+    command = [kosoku, "-p", "8", "-x", "9.*", "-x", "12.*", "-x", "13.*", "-o", tmp_path]
     await asyncio.to_thread(
         subprocess.run, [*command, f"127.0.0.1:{server.port}"], capture_output=True, timeout=60
     )
