@@ -15,6 +15,7 @@ import sys
 import time
 from bisect import bisect
 from collections import Counter
+from contextlib import suppress
 
 from bench.peer import CHAOS, FREE, SABOTAGE, Closed, Member, Peer, Proxy, Server, progress
 
@@ -125,8 +126,22 @@ async def break_and_restart(server: Server, proxy: Proxy, members: list, breaks:
             restarts.append(time.time_ns() // 1_000_000)
             server.start()
         proxy.calm = seconds > 150 or (not unsaid and reconnects >= breaks)
-    await asyncio.sleep(6)  # longer than any fault lasts
+    await within(6, lambda: not proxy.breaking and agreed(members))  # longer than any fault lasts
+    await asyncio.sleep(0.5)  # for what nobody should be shown
     return restarts
+
+
+def agreed(members: list[Restless]) -> bool:
+    """Whether all members of each room have been shown its last entry."""
+    return len({(m.code, m.after) for m in members}) == len({m.code for m in members})
+
+
+async def within(seconds: float, true) -> None:
+    """Wait until something is true, but no longer."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while not true():
+                await asyncio.sleep(0.05)
 
 
 async def chaos(sabotage: str, seed: int, messages: int, breaks: int, rooms=3, size=16) -> Counter:
@@ -148,7 +163,7 @@ async def chaos(sabotage: str, seed: int, messages: int, breaks: int, rooms=3, s
             member.task.cancel()
         await asyncio.gather(*(member.task for member in members), return_exceptions=True)
         await Peer.close_all()
-    await asyncio.sleep(2)
+    await within(2, lambda: server.sockets() <= sockets)
     left_over = server.sockets() - sockets
     server.stop()
     talks = ([member for member in members if member.code == code] for code in codes)

@@ -16,6 +16,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Self
@@ -150,7 +151,9 @@ class Many:
     banner, create_room = "", Server.create_room
 
     def __init__(self, folder: Path, count: int = 4):
-        self.servers = [Server(end=signal.SIGKILL, **self.SETTINGS) for _ in range(count)]
+        with ThreadPoolExecutor() as pool:  # all at once
+            settings = {"end": signal.SIGKILL, **self.SETTINGS}
+            self.servers = list(pool.map(lambda _: Server(**settings), range(count)))
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         ports = dict(zip(range(8001, 8005), [server.port for server in self.servers], strict=False))
@@ -455,6 +458,7 @@ class Proxy:
         self.server, self.luck = server, luck  # whatever has a port is a server
         self.up, self.calm = True, not luck
         self.silent: set[str] = set()  # the directions in which nothing arrives: "out", "in"
+        self.breaking = 0  # connections to which a fault is happening
         self.writers, self.faults = set(), Counter()
 
     async def __aenter__(self) -> Self:
@@ -495,7 +499,9 @@ class Proxy:
             if self.calm:
                 await asyncio.wait(pumps)
             else:
+                self.breaking += 1
                 await self.damage(pumps, silent, writer, far_writer)
+                self.breaking -= 1
         finally:
             self.writers -= ends
             for pump in pumps:

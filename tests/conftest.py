@@ -13,12 +13,27 @@ from urllib.request import urlopen
 
 import pytest
 import pytest_asyncio
+from axe_playwright_python.base import AXE_SCRIPT
 from playwright.async_api import async_playwright
 
 from bench.peer import Closed, Peer, Proxy, Server
 
 fixture = partial(pytest_asyncio.fixture, loop_scope="session")
-settings = pytest.mark.settings  # @settings(CHAT_BEAT="1") is for the server of one test
+settings = pytest.mark.settings  # @settings(CHAT_BEAT="1"), or @settings() for a server of its own
+# The server that most tests share forgets all between two of them, and all whom they left there.
+SHARED = """
+import asyncio, chat
+@chat.app.post("/forget")
+async def forget():
+    for room in list(chat.rooms.values()):
+        for member in list(room.members.values()):
+            chat.remove(room, member)
+    chat.forget()
+    while chat.outboxes:
+        await asyncio.sleep(0.005)
+    return ""
+chat.main()
+"""
 
 
 def pytest_collection_modifyitems(items):
@@ -28,15 +43,27 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
 
 
+@pytest.fixture(scope="session")
+def shared():
+    server = Server(SHARED)
+    yield server
+    server.stop()
+
+
 @fixture
 async def server(request):
-    """A server of its own for each test, with the room PARTY2."""
+    """A server that knows nothing but the room PARTY2: the shared one, or one with @settings."""
     mark = request.node.get_closest_marker("settings")
-    server = Server(**(mark.kwargs if mark else {}))
+    server = Server(**mark.kwargs) if mark else request.getfixturevalue("shared")
+    said = len(server.complaints())
     server.create_room("PARTY2")
     yield server
     await Peer.close_all()
-    server.stop()
+    if mark:
+        server.stop()
+    else:
+        await http(server, "POST /forget HTTP/1.1")
+        print(server.complaints()[said:], file=sys.stderr)  # shown if the test has failed
 
 
 @pytest.fixture(scope="module")
@@ -118,14 +145,17 @@ async def chromium():
         chromium = await playwright.chromium.launch(
             executable_path=program,
             ignore_default_args=["--disable-back-forward-cache"],
-            args=["--host-resolver-rules=MAP class.test 127.0.0.1"],
+            args=[
+                "--host-resolver-rules=MAP class.test 127.0.0.1",
+                *("--process-per-site", "--renderer-process-limit=1"),  # to start one takes long
+            ],
         )
         yield chromium
         await chromium.close()
 
 
 @fixture
-async def browser(chromium):
+async def browser(chromium, server):
     """The one browser of all tests, in which nothing is left open after each."""
     yield chromium
     for context in chromium.contexts:
@@ -169,6 +199,7 @@ async def join(tab):
 
 
 async def enters(page, name: str):
+    await page.wait_for_selector("#join button:enabled")  # or Enter would do nothing
     await page.fill("#name", name)
     await page.press("#name", "Enter")
     await page.wait_for_selector("[data-state=connected]")
@@ -191,6 +222,15 @@ async def messages(page) -> list[str]:
 async def scroll_up(page) -> None:
     await page.evaluate("document.getElementById('scroller').scrollTop = 0")
     await asyncio.sleep(0.2)  # for the page to have noticed
+
+
+async def violations(page, **options) -> list[tuple[str, str]]:
+    """Return which rules of axe-core the page breaks, and the first element that does."""
+    if not await page.evaluate("'axe' in window"):  # it is large: once for each page
+        await page.evaluate(AXE_SCRIPT)
+    options = {"resultTypes": ["violations"]} | options
+    found = await page.evaluate("options => axe.run(options)", options)
+    return [(rule["id"], rule["nodes"][0]["html"]) for rule in found["violations"]]
 
 
 async def transcript(download) -> str:

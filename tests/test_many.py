@@ -77,9 +77,9 @@ async def visit(many):
     visitors = []
 
     async def enter(code: str, name: str) -> Member:
-        visitors.append(Member(many, code, name))
-        await visitors[-1].until(lambda visitor: name in visitor.here())
-        return visitors[-1]
+        visitors.append(visitor := Member(many, code, name))
+        await visitor.until(lambda visitor: name in visitor.here())
+        return visitor
 
     yield enter
     for visitor in visitors:
@@ -94,13 +94,16 @@ async def test_the_members_of_a_room_meet_and_the_rooms_are_spread(many, visit):
     codes = [f"MANY{a}{b}" for a in "23456789" for b in "23456789"]
     homes = [many.create_room(code) for code in codes]
     assert set(homes) == {0, 1, 2, 3}
-    for code in codes[:20]:
+
+    async def meet(code: str) -> None:
         ann, bob, cy = [await visit(code, name) for name in NAMES]
         for one, said in (ann, "hi"), (bob, "hello"), (cy, code):
             one.says(said)
             await ann.until(lambda visitor, said=said: said in visitor.log)
         for one in (ann, bob, cy):
             await one.reads("hi", "hello", code)
+
+    await asyncio.gather(*map(meet, codes[:20]))
     for number, server in enumerate(many.servers):
         members = homes[:20].count(number) * 3
         assert health(server) == {
@@ -144,6 +147,47 @@ async def test_when_a_process_dies_its_rooms_move_and_no_other_notices(many, vis
         for one in others:
             await one.reads("one", "two", "three")
             assert one.dialled == 1
+
+
+async def test_a_process_that_has_come_back_gets_no_rooms_until_a_reload(many, visit):
+    """Or those who come now would be in another room than those who have been there since.
+
+    nginx chooses for new connections only. With a short fail_timeout, whose network blinked after
+    the return of the process would be there alone, under the same code, the rest "reconnecting".
+    A reload ends all connections, so that all members of a room come back to the same process.
+    """
+    people = await rooms_on_all(many, visit)
+    ann, bob, cy = people.pop(0)
+    many.kill(0)
+    ann.says("moved")
+    for one in (ann, bob, cy):
+        await one.reads("one", "two", "gap", "moved")
+    many.start_again(0)
+    cy.loses_connection()
+    await cy.until(lambda visitor: visitor.dialled > 2)
+    dan = await visit(ann.code, "Dan")
+    for one in (ann, bob, cy):
+        await one.sees(*NAMES, "Dan")
+    cy.says("all-here")
+    await dan.reads("moved", "all-here")
+    assert health(many.servers[0])["connections"] == 0
+
+    before = {one: one.dialled for one in (ann, bob, cy, dan, *itertools.chain(*people.values()))}
+    many.reload()
+    for one, dialled in before.items():
+        await one.until(lambda visitor, dialled=dialled: visitor.dialled > dialled)
+    for one in (ann, bob, cy, dan):
+        await one.sees(*NAMES, "Dan")
+    assert health(many.servers[0])["connections"] == 4
+    dan.says("home")
+    await dan.reads("moved", "all-here", "gap", "home")
+    for one in (ann, bob, cy):
+        await one.reads("one", "two", "gap", "moved", "all-here", "gap", "home")
+    for others in people.values():  # their rooms have stayed, and their members resume
+        others[0].says("three")
+        for one in others:
+            await one.sees(*NAMES)
+            await one.reads("one", "two", "three")
 
 
 async def test_whoever_comes_after_a_crash_finds_the_few_who_were_there(many, visit):

@@ -1,13 +1,13 @@
 """The page, in a real browser: the list of members, and keeping a room in order."""
 
-from conftest import messages, shows, writes
+from conftest import messages, peer, shows, writes
 
 NOTE_FRAMES = "window.sent = []; socket.send = (frame) => sent.push(JSON.parse(frame)); 0"
 
 
-async def test_you_are_first_and_the_others_by_name(join):
+async def test_you_are_first_and_the_others_by_name(server, join):
     for name in ("Dee", "Ann", "Cy"):
-        await join(name)
+        await peer(server, name)
     bob = await join("Bob")
     names = await bob.locator("#people .who").all_inner_texts()
     assert names == ["Bob", "Ann", "Cy", "Dee"]

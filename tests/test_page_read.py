@@ -7,10 +7,10 @@ from conftest import enters, hears, peer, scroll_up, settings, shows, transcript
 from playwright.async_api import expect
 
 
-async def test_the_log_stays_where_its_reader_is(join):
-    ann, bob = await join("Ann"), await join("Bob")
+async def test_the_log_stays_where_its_reader_is(server, join):
+    ann, bob = await join("Ann"), await peer(server, "Bob")
     for number in range(40):
-        await writes(bob, f"line {number}")
+        bob.send(say=f"line {number}", id=f"x{number}")
     await shows(ann, "line 39")
     end = "#log li:last-child"
     await expect(ann.locator(end)).to_be_in_viewport()  # it follows
@@ -24,7 +24,7 @@ async def test_the_log_stays_where_its_reader_is(join):
     await expect(ann.locator(end)).not_to_be_in_viewport()
     await scroll_up(ann)
     for number in range(3):
-        await writes(bob, f"new {number}")
+        bob.send(say=f"new {number}", id=f"n{number}")
     await shows(ann, "3 new", "#new")
     await expect(ann.locator(end)).not_to_be_in_viewport()
     assert await ann.title() == "(3) Room PARTY2"
@@ -34,16 +34,16 @@ async def test_the_log_stays_where_its_reader_is(join):
     assert await ann.title() == "Room PARTY2"
 
 
-async def test_what_came_while_the_tab_was_hidden_is_counted_and_marked(join):
-    ann, bob = await join("Ann"), await join("Bob")
-    await writes(bob, "seen")
+async def test_what_came_while_the_tab_was_hidden_is_counted_and_marked(server, join):
+    ann, bob = await join("Ann"), await peer(server, "Bob")
+    bob.send(say="seen", id="seen")
     await shows(ann, "seen")
     # There is no way to hide a tab of a headless browser: the page is told so.
     hide = "hidden => { Object.defineProperty(document, 'hidden', {value: hidden, configurable: true});"
     hide += "document.dispatchEvent(new Event('visibilitychange')) }"
     await ann.evaluate(hide, True)
     for number in range(30):
-        await writes(bob, f"unseen {number}")
+        bob.send(say=f"unseen {number}", id=f"x{number}")
     await shows(ann, "unseen 29")
     assert await ann.title() == "(30) Room PARTY2"
     await ann.evaluate(hide, False)
@@ -139,8 +139,8 @@ async def test_no_message_is_taller_than_the_screen_until_it_is_opened(join):
     await expect(code).not_to_have_js_property("scrollTop", 0)
 
 
-async def test_what_comes_while_another_window_is_in_front_is_not_read(join):
-    ann, bob = await join("Ann"), await join("Bob")
+async def test_what_comes_while_another_window_is_in_front_is_not_read(server, join):
+    ann, bob = await join("Ann"), await peer(server, "Bob")
     await ann.wait_for_selector("#live[aria-live=polite]")
     await ann.context.grant_permissions(["notifications"])
     await ann.evaluate(
@@ -151,7 +151,7 @@ async def test_what_comes_while_another_window_is_in_front_is_not_read(join):
     )
     await ann.click("text=Notify me")
     await ann.evaluate("document.hasFocus = () => false")
-    await writes(bob, "are you there?")
+    bob.send(say="are you there?", id="x1")
     await shows(ann, "are you there?")
     assert await ann.title() == "(1) Room PARTY2"
     assert "unread.svg" in await ann.get_attribute("#icon", "href")

@@ -75,10 +75,12 @@ async def test_a_connection_that_breaks_again_and_again_loses_nothing(join, line
     assert await messages(ann) == await messages(bob) == [f"message {n}" for n in range(20)]
 
 
-async def test_a_server_that_has_gone_silent_is_noticed(join, line):
-    ann = await join("Ann", line)
-    line.silent = {"in", "out"}
+async def test_a_server_that_has_gone_silent_is_noticed(tab, line):
+    ann = await tab(at=line)
     await stop_the_clock(ann)
+    await ann.reload()  # so that all its timers go by that clock
+    await enters(ann, "Ann")
+    line.silent = {"in", "out"}
     await ann.clock.fast_forward(25_000)
     assert await ann.get_attribute("#chat", "data-state") == "connected"
     await ann.clock.fast_forward(10_000)  # a beat and a half, and the next look at the clock
@@ -208,6 +210,7 @@ async def test_nothing_is_stuck_when_a_connection_is_replaced_while_it_opens(joi
     assert await ann.locator("#unsent li").count() == 0
 
 
+@settings()
 async def test_a_closed_room_says_so_and_keeps_what_was_read(server, join, line):
     ann = await join("Ann", line)
     await writes(ann, "to be read")

@@ -173,15 +173,20 @@ async def test_the_keyboard_of_a_phone_stays_open_and_its_enter_is_a_new_line(jo
 
 async def test_a_message_without_an_echo_says_what_it_waits_for(join, line):
     ann, bob = await join("Ann", line), await join("Bob")
+    await ann.clock.install()
     line.silent = {"in", "out"}
     await writes(ann, "into the void")
+    await ann.clock.fast_forward(5000)
     await shows(ann, "Waiting for the network…", "#status")
     line.cut()
     line.silent = set()
     await shows(bob, "into the void")
     await shows(ann, "Connected again.", "#status")
-    await expect(ann.locator("#status")).to_have_text("")  # after a moment
+    await ann.clock.fast_forward(3000)
+    await expect(ann.locator("#status")).to_have_text("")
     line.silent = {"out"}  # the server is heard, but it does not hear us
     await writes(ann, "one of many")
     await writes(bob, "still here")
+    await shows(ann, "still here")
+    await ann.clock.fast_forward(5000)
     await shows(ann, "they are being read more slowly", "#status")

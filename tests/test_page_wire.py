@@ -3,13 +3,12 @@
 import json
 
 import pytest
-from axe_playwright_python.async_playwright import Axe
-from conftest import agree, enters, messages, settings, shows, writes
+from conftest import agree, enters, hears, messages, peer, settings, shows, violations, writes
 
 
 async def shows_the_wire(page):
     await page.click("#wire-open")
-    await page.wait_for_selector("#wire-state:has-text('open')")
+    await page.wait_for_selector("#wire-frames .line:has-text('open')")
     return page
 
 
@@ -63,8 +62,8 @@ async def test_the_wire_view_is_loaded_when_it_is_asked_for(tab):
     assert ann.errors == []
 
 
-async def test_the_wire_view_shows_the_frames_of_both_directions_but_no_token(join):
-    ann, bob = await join("Ann"), await join("Bob")
+async def test_the_wire_view_shows_the_frames_of_both_directions_but_no_token(server, join):
+    ann, bob = await join("Ann"), await peer(server, "Bob")
     await shows_the_wire(ann)
     await writes(ann, "<b>Grüße</b>")
     size = len((await frames(ann, "↑ out", "say, id …"))[0].split("\n")[-1].encode())
@@ -74,13 +73,13 @@ async def test_the_wire_view_shows_the_frames_of_both_directions_but_no_token(jo
     await shows(ann, "ms from say to echo", "#wire-trip")
     await ann.click("#wire-plug")
     for word in ("one", "two", "three"):
-        await writes(bob, word)
-    await shows(bob, "three")
+        bob.send(say=word, id=word)
+    await hears(bob, "three")
     await ann.click("#wire-plug")
     await frames(ann, "↑ out", f"hello, after …{seq[-4:]}", "token", "••••••")
     first, last = (f"…{(int(seq) + more) % 10_000:04}" for more in (1, 3))
     await frames(ann, "↓ in", f"welcome, entries {first} to {last}", "ms from hello to welcome")
-    await bob.click("#leave")
+    bob.send(leave=True)
     await frames(ann, "presence")
     stored = await ann.evaluate("sessionStorage.getItem('mePARTY2')")
     token = json.loads(stored)["token"]
@@ -191,16 +190,16 @@ async def test_nothing_of_the_browser_is_replaced_by_the_wire_view(tab):
     assert await ann.evaluate("Object.hasOwn(socket, 'send')")
 
 
-async def test_the_words_that_were_said_come_first(join):
-    ann, bob = await join("Ann"), await join("Bob")
+async def test_the_words_that_were_said_come_first(server, join):
+    ann, bob = await join("Ann"), await peer(server, "Bob")
     await shows_the_wire(ann)
-    await writes(bob, "Is it <b>cold</b>?")
+    bob.send(say="Is it <b>cold</b>?", id="x1")
     heard = (await frames(ann, "↓ in", "cold"))[0]
     assert heard.startswith("↓ in\nBob: Is it <b>cold</b>?\nentry …")
     assert heard.index("entry …") < heard.index('<li id="e')
     await writes(ann, "not yet")
     assert (await frames(ann, "↑ out", "say", "not yet"))[0].startswith("↑ out\nnot yet\nsay, id")
-    await bob.click("#leave")
+    bob.send(leave=True)
     assert (await frames(ann, "↓ in", "Bob left"))[0].startswith("↓ in\nBob left")
 
 
@@ -382,8 +381,7 @@ async def test_axe_finds_nothing_in_the_wire_view(join, scheme):
         await summary.click()
     for width in (360, 1440):
         await ann.set_viewport_size({"width": width, "height": 800})
-        found = (await Axe().run(ann)).response["violations"]
-        assert found == [], [(one["id"], one["nodes"][0]["html"]) for one in found]
+        assert not await violations(ann)
         small = """[...document.querySelectorAll("#wire :is(button, summary, label)")]
             .filter((e) => e.checkVisibility() && e.getBoundingClientRect().height < 44)
             .map((e) => e.outerHTML)"""

@@ -129,6 +129,7 @@ async def test_a_ping_is_answered_and_a_flood_of_pings_or_fragments_is_not(serve
     await hears(bob, "undisturbed")
 
 
+@settings()
 async def test_who_floods_on_the_wire_has_left(server):
     ann, bob = await peer(server, "Ann"), await peer(server, "Bob")
     ann.writer.write(b"\x89\x80\0\0\0\0" * 100)
@@ -180,6 +181,7 @@ async def test_many_can_knock_at_once(server):
     assert listening.stdout.split()[2] == "1024"
 
 
+@settings()
 async def test_a_frame_over_the_limit_is_not_even_buffered(server):
     ann = await peer(server, "Ann")
     ann.stop_reading()  # or the close would end it, which Hypercorn sends by itself
@@ -217,6 +219,7 @@ async def test_what_nobody_reads_stays_with_its_sender(busy):
     assert busy.peak() - before < 8_500_000  # 18 messages for each, and 16 KiB unread
 
 
+@settings()
 async def test_what_a_member_does_not_read_waits_in_its_outbox_only(server):
     ann = await peer(server, "Ann")
     dead = [await Peer.connect(server.port, "PARTY2") for _ in range(100)]
@@ -292,6 +295,7 @@ async def test_a_reader_that_never_reads_is_gone_and_nobody_waits_for_it(server)
     assert "Traceback" not in server.complaints()
 
 
+@settings()
 async def test_after_many_joins_and_leaves_the_server_is_where_it_was(server):
     async def come_and_go(times: int) -> None:
         for _ in range(times):
@@ -356,7 +360,7 @@ async def test_the_autobahn_cases_pass(tmp_path):
     """
     server = Server(ECHO, end=signal.SIGKILL)
     kosoku = shutil.which("kosoku", path=os.path.dirname(sys.executable))
-    command = [kosoku, "-p", "2", "-x", "9.*", "-x", "12.*", "-x", "13.*", "-o", tmp_path]
+    command = [kosoku, "-p", "8", "-x", "9.*", "-x", "12.*", "-x", "13.*", "-o", tmp_path]
     await asyncio.to_thread(
         subprocess.run, [*command, f"127.0.0.1:{server.port}"], capture_output=True, timeout=60
     )
@@ -376,6 +380,7 @@ async def test_a_ping_between_fragments_is_allowed(server):
     assert "meanwhile" in await hears(ann, "in two parts")
 
 
+@settings()
 async def test_the_log_has_no_message_name_code_or_token(server):
     ann, bob = await peer(server, "Ann Onymous"), await peer(server, "Bob")
     ann.send(say="the secret words", id="x1")
