@@ -878,7 +878,9 @@ def note_again(what: str) -> None:
 
 def forget() -> None:
     """Forget all rooms and addresses: each test begins with that."""
-    for memory in (rooms, closed, runs, noted):
+    for room in list(rooms.values()):
+        close_room(room)
+    for memory in (closed, runs, noted):
         memory.clear()
     share_of.cache_clear()
     allowance.cache_clear()

@@ -256,6 +256,16 @@ async def test_everybody_sees_how_many_are_here_and_who(join):
     await ann.hears(count(1))
 
 
+async def test_who_enters_a_busy_room_sees_who_is_here_too(tab, join, monkeypatch):
+    """The list of members may be due before the newcomer's snapshot: it has to come after it."""
+    ann = await join("Ann")
+    monkeypatch.setitem(limits, "FRAMES_PER_SECOND", 5)  # each hand-out rests for 0.2 s
+    await ann.says("first")
+    await ann.hears("first</div>")
+    bob = await (await tab()).hello(name="Bob")
+    await bob.hears(count(2))
+
+
 async def test_two_anns_are_told_apart(join):
     assert (await join("Ann")).name == "Ann"
     assert (await join("ANN")).name == "ANN 2"

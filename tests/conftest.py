@@ -27,7 +27,7 @@ import asyncio, chat
 async def forget():
     for room in list(chat.rooms.values()):
         for member in list(room.members.values()):
-            chat.remove(room, member)
+            chat.remove(member)
     chat.forget()
     while chat.outboxes:
         await asyncio.sleep(0.005)
