@@ -31,10 +31,10 @@ const looking = () => document.hasFocus() && !document.hidden;
 function arrange(li) {
   const time = li.querySelector("time"), before = li.previousElementSibling;
   if (!time) return; // a gap
-  const when = (li.when = new Date(time.dateTime));
+  const when = (li.date = new Date(time.dateTime)); // not li.when, which newer browsers have themselves
   const day = when.toDateString();
   time.textContent = CLOCK.format(when);
-  if (day !== (before?.when ?? new Date()).toDateString())
+  if (day !== (before?.date ?? new Date()).toDateString())
     li.before(element("li", DAY.format(when), { className: "day" }));
   if (li.dataset.from) arrangeMessage(li, before);
   else arrangeNotice(li, before, time);
@@ -43,7 +43,7 @@ function arrange(li) {
 function arrangeMessage(li, before) {
   const { from } = li.dataset, said = li.querySelector(".text");
   li.hidden = hidden.has(from);
-  const close = li.when - before?.when < MINUTES_OF_A_GROUP * 60_000;
+  const close = li.date - before?.date < MINUTES_OF_A_GROUP * 60_000;
   li.classList.toggle("more", close && before.dataset.from === from);
   if (said.textContent.split("\n").length > LINES) {
     li.classList.add("long");
@@ -129,7 +129,7 @@ log.addEventListener("click", ({ target }) => {
 });
 log.addEventListener("pointerover", ({ target }) => {
   const li = target.closest("li");
-  if (li?.when) li.title = li.when.toLocaleString(); // only now: it is slow, and not for the ear
+  if (li?.date) li.title = li.date.toLocaleString(); // only now: it is slow, and not for the ear
 });
 addEventListener("focus", () => follow());
 document.addEventListener("visibilitychange", () => follow());
@@ -156,7 +156,7 @@ function notify(name, body) {
 // ── Taking it home ──
 
 function line(li) {
-  const when = li.when ? `[${STAMP.format(li.when)}] ` : "";
+  const when = li.date ? `[${STAMP.format(li.date)}] ` : "";
   if (!li.dataset.from) return `${when}* ${li.said ?? li.textContent}`;
   // A new line in a message must not look like a line of somebody else.
   const said = li.querySelector(".text").textContent.replaceAll("\n", "\n    ");
