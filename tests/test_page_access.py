@@ -181,6 +181,25 @@ def test_browsers_of_2023_get_colours():
     """There is a Chrome 110 to see the whole page in: @sparticuz/chromium@110, from npm."""
     css = Path("static/chat.css").read_text()
     assert ": light-dark(" not in css
-    assert "@supports not selector(:popover-open) { #wire, #wire-open { display: none; } }" in css
     scripts = "".join(Path(f"static/{name}.js").read_text() for name in ("read", "page"))
     assert not re.search(r"\.aria[A-Z]", scripts)  # old Firefox has no such properties
+
+
+async def test_without_popovers_there_is_a_chat_and_no_wire_view(server, tab):
+    """As browsers before 2023 have it, to which the word says nothing."""
+
+    async def old(route):
+        answer = await route.fetch()
+        body = (await answer.text()).replace("popover", "unheard")
+        await route.fulfill(response=answer, body=body)
+
+    ann = await tab("/")
+    await ann.route("**/chat.css*", old)
+    await ann.goto(f"http://127.0.0.1:{server.port}/r/PARTY2")
+    await ann.evaluate("document.getElementById('wire').removeAttribute('popover')")
+    await enters(ann, "Ann")
+    await writes(ann, "can be seen")
+    await ann.locator("#log .message").click()  # nothing lies over it
+    assert await ann.is_visible("#presence .save")
+    assert not await ann.is_visible("#wire-open")
+    assert not await ann.is_visible("#wire")

@@ -139,6 +139,15 @@ async def test_no_message_is_taller_than_the_screen_until_it_is_opened(join):
     await expect(code).not_to_have_js_property("scrollTop", 0)
 
 
+async def test_a_link_ends_where_it_was_meant_to_and_code_begins_below_its_word(join):
+    ann = await join("Ann")
+    address = "https://a.example/Foo_(bar)"
+    await writes(ann, f"(see {address}), or\n```python\nprint('in Python')\n```")
+    link = ann.locator("#log a")
+    assert await link.all_inner_texts() == [address] == [await link.get_attribute("href")]
+    assert await ann.inner_text("#log pre") == "print('in Python')"
+
+
 async def test_what_comes_while_another_window_is_in_front_is_not_read(join):
     ann, bob = await join("Ann"), await join("Bob")
     await ann.wait_for_selector("#live[aria-live=polite]")

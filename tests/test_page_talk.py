@@ -171,6 +171,15 @@ async def test_the_keyboard_of_a_phone_stays_open_and_its_enter_is_a_new_line(jo
     assert await page.evaluate("document.activeElement.id") == "text"  # so it is still open
 
 
+async def test_under_the_box_stands_how_to_write_code_and_a_new_line(join):
+    ann = await join("Ann")
+    await shows(ann, "Shift+Enter: a new line. Code goes between ``` and ```.", "#hint")
+    assert "hint" in (await ann.get_attribute("#text", "aria-describedby")).split()
+    tablet = {"viewport": {"width": 1024, "height": 768}, "has_touch": True, "is_mobile": True}
+    bob = await join("Bob", **tablet)
+    assert await bob.inner_text("#hint") == "Code goes between ``` and ```."  # Enter is a new line
+
+
 async def test_a_message_without_an_echo_says_what_it_waits_for(join, line):
     ann, bob = await join("Ann", line), await join("Bob")
     line.silent = {"in", "out"}
