@@ -20,8 +20,11 @@ text.addEventListener("input", () => {
   text.setCustomValidity(length > most ? `${length - most} characters too many. Please send it in parts.` : "");
   $("counter").textContent = length > 0.9 * most ? `${length} of ${most} characters` : "";
   if (!CSS.supports("field-sizing", "content")) {
+    const { style, offsetHeight } = $("composer");
+    style.minHeight = `${offsetHeight}px`; // or the log would move while the box is measured
     text.style.height = "auto";
-    text.style.height = `${text.scrollHeight + 2}px`;
+    text.style.height = `${text.scrollHeight}px`;
+    style.minHeight = "";
   }
   if (!text.value || !is("connected") || Date.now() - told < TYPING_TELLS) return;
   told = Date.now();
