@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.async_playwright import Axe
-from conftest import enters, scroll_up, shows, writes
+from conftest import enters, peer, scroll_up, shows, writes
+from playwright.async_api import expect
 
 COLOURS = {"runOnly": ["color-contrast", "link-in-text-block"]}
+# What has to be scrolled sideways, and is not code: the page itself, a dialog, a list.
+SIDEWAYS = """[...document.querySelectorAll(":not(pre)")].filter((e) => e.scrollWidth > e.clientWidth
+    && (e === document.documentElement || getComputedStyle(e).overflowX === "auto")).map((e) => e.id)"""
 
 
 async def test_a_screen_reader_is_read_what_is_new_and_not_the_history(join, line):
@@ -121,8 +125,7 @@ async def test_a_phone_has_room_for_fingers_and_nothing_sticks_out(join):
         await ann.click("#send")
     await ann.click("#presence summary")
     await shows(ann, "xxx")
-    wide = "document.documentElement.scrollWidth"
-    assert await ann.evaluate(wide) == 360
+    assert await ann.evaluate(SIDEWAYS) == []
     small = """() => [...document.querySelectorAll("button, input, textarea, summary, .button")]
         .filter((e) => e.checkVisibility() && e.getBoundingClientRect().height < 44)
         .map((e) => e.outerHTML)"""
@@ -167,14 +170,35 @@ async def test_text_of_twice_the_size_fits_on_a_phone(server, tab):
     for path in ("/", "/r/KWR4TN", "/r/PARTY2"):
         await ann.goto(f"http://127.0.0.1:{server.port}{path}")
         await ann.evaluate(twice)
-        assert await ann.evaluate("document.documentElement.scrollWidth") == 360
+        assert await ann.evaluate(SIDEWAYS) == []
     await enters(ann, "Ann")
-    assert await ann.evaluate("document.documentElement.scrollWidth") == 360
+    assert await ann.evaluate(SIDEWAYS) == []
+    await ann.click("#open-invite")
+    assert await ann.evaluate(SIDEWAYS) == []
+    await ann.click("#close-invite")
+    await ann.evaluate("document.getElementById('wire-open').click()")
+    await shows(ann, "open", "#wire-state")
+    assert await ann.evaluate(SIDEWAYS) == []
+    await expect(ann.locator("#wire-close")).to_be_in_viewport(ratio=1)
 
 
-async def test_a_phone_on_its_side_has_a_log(join):
+async def test_a_phone_on_its_side_has_a_log(server, join):
     ann = await join("Ann", viewport={"width": 740, "height": 360})
     assert (await ann.locator("#scroller").bounding_box())["height"] > 210
+    for number in range(4):
+        bob = await peer(server, f"Bob {number}")
+        await writes(ann, f"Hello, Bob {number}")
+    await shows(ann, "Hello, Bob 3")
+    member, buttons = ann.locator("#people li").last, ann.locator("#presence .buttons")
+    assert await below(buttons, member)  # and not over all but the first of them
+    bob.send(typing=True)
+    await shows(ann, "Bob 3", "#typing")
+    assert await below(ann.locator("#typing"), ann.locator("#log li").last)
+
+
+async def below(one, other) -> bool:
+    one, other = await one.bounding_box(), await other.bounding_box()
+    return one["y"] >= other["y"] + other["height"]
 
 
 def test_browsers_of_2023_get_colours():
