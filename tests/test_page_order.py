@@ -16,6 +16,19 @@ async def test_you_are_first_and_the_others_by_name(join):
     assert len(colours) == 4
 
 
+async def test_what_is_said_of_a_member_is_one_line_of_words(join, line):
+    bob = await join("Bob")
+    await join("Ann", line)
+    await writes(bob, "fence")
+    line.cut(up=False)
+    await shows(bob, "Ann (reconnecting)", "#people")
+    await bob.evaluate("hide(document.querySelector('#people .away').dataset.member)")
+    await join("Cy")  # and the list is made anew
+    await shows(bob, "Cy", "#people")
+    said = await bob.inner_text("#people .away")  # boxes side by side would be lines here
+    assert said.startswith("Ann (reconnecting) (hidden)")
+
+
 async def test_only_the_host_can_lock_and_remove(join):
     ann, bob = await join("Ann"), await join("Bob")
     await bob.click("#people button")
