@@ -82,9 +82,10 @@ const people = new MutationObserver(() => {
   const items = [...$("people").children].sort((a, b) => key(a).localeCompare(key(b)));
   for (const li of items) {
     const mine = li.dataset.member === me?.member;
-    const marks = [mine && "you", "host" in li.dataset && "host", hidden.has(li.dataset.member) && "hidden"];
+    const marks = [mine && "you", "host" in li.dataset && "host"];
     if (marks.some(Boolean)) li.append(element("span", ` (${marks.filter(Boolean).join(", ")})`));
     if (!mine) li.append(menu(li, host));
+    li.classList.toggle("unseen", hidden.has(li.dataset.member));
   }
   $("people").replaceChildren(...items);
   $("lock").hidden = !host;
@@ -111,6 +112,7 @@ function hide(member) {
   if (!hidden.delete(member)) hidden.add(member);
   store.set("hidden", [...hidden]);
   for (const li of all(`[data-from="${member}"]`)) li.hidden = hidden.has(member);
+  for (const li of all(`[data-member="${member}"]`)) li.classList.toggle("unseen", hidden.has(member));
   tell(hidden.has(member) ? "You do not see their messages any more." : "You see their messages again.");
 }
 
