@@ -25,6 +25,7 @@ const unreadLine = element("li", "New", { className: "unread" });
 unreadLine.setAttribute("aria-hidden", "true");
 let atEnd = true; // the reader is at the end of the log, which then follows what is new
 let unread = 0; // messages that came while nobody looked
+let size = ""; // of the log, when we last followed it
 
 const looking = () => document.hasFocus() && !document.hidden;
 
@@ -88,6 +89,9 @@ function toEnd() {
   follow();
 }
 
+const sizeOf = ({ clientWidth, clientHeight }) => `${clientWidth} × ${clientHeight}`;
+const nearEnd = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 50;
+
 function follow(move = true) {
   if (atEnd && move) {
     const end = scroller.scrollHeight - scroller.clientHeight;
@@ -116,10 +120,15 @@ new MutationObserver((records) => {
   setTimeout(() => $("live").setAttribute("aria-live", "polite"), 1000); // the history has been put in
 }).observe(log, { childList: true });
 new MutationObserver(() => follow()).observe($("unsent"), { childList: true });
-new ResizeObserver(() => follow()).observe(scroller);
+new ResizeObserver(() => {
+  size = sizeOf(scroller);
+  atEnd ||= nearEnd();
+  follow();
+}).observe(scroller);
 
 scroller.addEventListener("scroll", () => {
-  atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 50;
+  if (sizeOf(scroller) !== size) return; // not the reader has moved: the window has changed
+  atEnd = nearEnd();
   follow(false); // or a key, which moves it by less, could never leave the end
 });
 log.addEventListener("click", ({ target }) => {

@@ -34,6 +34,26 @@ async def test_the_log_stays_where_its_reader_is(join):
     assert await ann.title() == "Room PARTY2"
 
 
+async def test_who_was_at_the_end_is_there_in_a_window_of_another_shape(join):
+    ann = await join("Ann", viewport={"width": 768, "height": 1024})
+    for number in range(15):
+        await writes(ann, f"line {number} " + "of many words " * 2 * number)
+    await shows(ann, "line 14")
+    end = ann.locator("#log li:last-child")
+    for button in ("#wire-open", "#wire-close"):  # the log becomes wider and lower, and back
+        await ann.click(button)
+        await asyncio.sleep(0.3)  # for the page to have noticed
+        await expect(end).to_be_in_viewport()
+        assert not await ann.is_visible("#new")
+    await ann.set_viewport_size({"width": 768, "height": 300})
+    await scroll_up(ann)
+    await ann.set_viewport_size({"width": 768, "height": 310})
+    await asyncio.sleep(0.3)
+    await expect(end).not_to_be_in_viewport()  # and who was not is left where one was
+    await ann.set_viewport_size({"width": 768, "height": 9000})
+    await expect(ann.locator("#new")).not_to_be_visible()
+
+
 async def test_what_came_while_the_tab_was_hidden_is_counted_and_marked(join):
     ann, bob = await join("Ann"), await join("Bob")
     await writes(bob, "seen")
