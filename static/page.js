@@ -72,6 +72,8 @@ function ask(question, answers) {
     return button;
   });
   $("answers").replaceChildren(...buttons);
+  const asked = document.activeElement;
+  $("ask").onclose = () => asked.isConnected || $("presence").querySelector("summary").focus();
   $("ask").showModal();
 }
 
@@ -91,10 +93,16 @@ const people = new MutationObserver(() => {
   $("lock").hidden = !host;
   $("locked").hidden = !$("count").querySelector("[data-locked]");
   $("lock").setAttribute("aria-pressed", !$("locked").hidden);
+  if (focused) $("people").querySelector(`[data-member="${focused}"] button`)?.focus();
   invite();
   people.takeRecords(); // of what we have done here
 });
 people.observe($("people"), { childList: true });
+
+let focused; // the member whose button has the focus; it goes with each new list
+chat.addEventListener("htmx:before:swap", () => {
+  focused = document.activeElement.closest("#people li")?.dataset.member;
+});
 
 function menu(li, host) {
   const { member } = li.dataset, name = li.querySelector(".who").textContent;

@@ -1,6 +1,6 @@
 """The page, in a real browser: the list of members, and keeping a room in order."""
 
-from conftest import messages, shows, writes
+from conftest import messages, peer, shows, writes
 
 SAID_OF_HIDDEN = "getComputedStyle($('people').querySelector('.unseen .who'), '::after').content"
 NOTE_FRAMES = "window.sent = []; socket.send = (frame) => sent.push(JSON.parse(frame)); 0"
@@ -10,6 +10,7 @@ async def test_you_are_first_and_the_others_by_name(join):
     for name in ("Dee", "Ann", "Cy"):
         await join(name)
     bob = await join("Bob")
+    await shows(bob, "(you)", "#people")  # the list has come, and has been arranged
     names = await bob.locator("#people .who").all_inner_texts()
     assert names == ["Bob", "Ann", "Cy", "Dee"]
     await shows(bob, "(host)", "#people li:last-child")
@@ -23,6 +24,22 @@ async def test_what_is_said_of_a_member_is_one_line_of_words(join, line):
     await shows(bob, "Ann (reconnecting)", "#people")
     said = await bob.inner_text("#people .away")  # boxes side by side would be lines here
     assert said.startswith("Ann (reconnecting) (host)")
+
+
+async def test_the_focus_stays_in_the_list_when_somebody_joins(server, join):
+    ann = await join("Ann")
+    await peer(server, "Bob")
+    await shows(ann, "Bob", "#people")
+    await ann.focus("#people button")
+    await peer(server, "Cy")
+    await shows(ann, "Cy", "#people")
+    await ann.wait_for_selector("#people button[aria-label^='Bob']:focus")
+    await ann.keyboard.press("Enter")
+    await shows(ann, "Bob", "#question")
+    await peer(server, "Dee")
+    await shows(ann, "Dee", "#people")
+    await ann.keyboard.press("Escape")
+    await ann.wait_for_selector("#presence summary:focus")  # the button has gone
 
 
 async def test_only_the_host_can_lock_and_remove(join):
