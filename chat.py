@@ -314,8 +314,8 @@ def hand_out(room: Room) -> None:
     here = [outbox for outbox in connected if outbox.after is None]
     newcomers = [outbox for outbox in connected if outbox.after is not None]
     try:
-        # The news goes to those who were here; newcomers find it in what they are given.
-        give_snapshots(room, newcomers[:OUTBOXES_AT_ONCE])
+        if newcomers:  # the news is for those who were here: these find it in what they are given
+            give_snapshots(room, newcomers[:OUTBOXES_AT_ONCE])
         if batch := list(in_frames(news, FRAME_SIZE_FOR_ALL)):
             work = sum(1 + len(frame) / FRAME_UNIT for frame in batch) * len(here)
             deliver(room, batch, here, time.monotonic() + work / limits["FRAMES_PER_SECOND"])
@@ -356,8 +356,7 @@ def give_snapshots(room: Room, newcomers: list[Outbox]) -> None:
         missed = [entry for seq, entry in entries if seq > after or hole]
         snapshot = in_frames([str(fragments.welcome(member, token)), *gap, *missed], FRAME_SIZE)
         outbox.put_nowait((list(snapshot), 0))  # uncounted, or a long history would evict them
-    if newcomers:
-        show_presence(room)
+    show_presence(room)
 
 
 def signer() -> URLSafeSerializer:

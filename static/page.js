@@ -20,8 +20,11 @@ text.addEventListener("input", () => {
   text.setCustomValidity(length > most ? `${length - most} characters too many. Please send it in parts.` : "");
   $("counter").textContent = length > 0.9 * most ? `${length} of ${most} characters` : "";
   if (!CSS.supports("field-sizing", "content")) {
+    const { style, offsetHeight } = $("composer");
+    style.minHeight = `${offsetHeight}px`; // or the log would move while the box is measured
     text.style.height = "auto";
-    text.style.height = `${text.scrollHeight + 2}px`;
+    text.style.height = `${text.scrollHeight}px`;
+    style.minHeight = "";
   }
   if (!text.value || !is("connected") || Date.now() - told < TYPING_TELLS) return;
   told = Date.now();
@@ -69,6 +72,8 @@ function ask(question, answers) {
     return button;
   });
   $("answers").replaceChildren(...buttons);
+  const asked = document.activeElement;
+  $("ask").onclose = () => asked.isConnected || $("presence").querySelector("summary").focus();
   $("ask").showModal();
 }
 
@@ -79,18 +84,25 @@ const people = new MutationObserver(() => {
   const items = [...$("people").children].sort((a, b) => key(a).localeCompare(key(b)));
   for (const li of items) {
     const mine = li.dataset.member === me?.member;
-    const marks = [mine && "you", "host" in li.dataset && "host", hidden.has(li.dataset.member) && "hidden"];
+    const marks = [mine && "you", "host" in li.dataset && "host"];
     if (marks.some(Boolean)) li.append(element("span", ` (${marks.filter(Boolean).join(", ")})`));
     if (!mine) li.append(menu(li, host));
+    li.classList.toggle("unseen", hidden.has(li.dataset.member));
   }
   $("people").replaceChildren(...items);
   $("lock").hidden = !host;
   $("locked").hidden = !$("count").querySelector("[data-locked]");
   $("lock").setAttribute("aria-pressed", !$("locked").hidden);
+  if (focused) $("people").querySelector(`[data-member="${focused}"] button`)?.focus();
   invite();
   people.takeRecords(); // of what we have done here
 });
 people.observe($("people"), { childList: true });
+
+let focused; // the member whose button has the focus; it goes with each new list
+chat.addEventListener("htmx:before:swap", () => {
+  focused = document.activeElement.closest("#people li")?.dataset.member;
+});
 
 function menu(li, host) {
   const { member } = li.dataset, name = li.querySelector(".who").textContent;
@@ -108,6 +120,7 @@ function hide(member) {
   if (!hidden.delete(member)) hidden.add(member);
   store.set("hidden", [...hidden]);
   for (const li of all(`[data-from="${member}"]`)) li.hidden = hidden.has(member);
+  for (const li of all(`[data-member="${member}"]`)) li.classList.toggle("unseen", hidden.has(member));
   tell(hidden.has(member) ? "You do not see their messages any more." : "You see their messages again.");
 }
 

@@ -25,16 +25,17 @@ const unreadLine = element("li", "New", { className: "unread" });
 unreadLine.setAttribute("aria-hidden", "true");
 let atEnd = true; // the reader is at the end of the log, which then follows what is new
 let unread = 0; // messages that came while nobody looked
+let size = ""; // of the log, when we last followed it
 
 const looking = () => document.hasFocus() && !document.hidden;
 
 function arrange(li) {
   const time = li.querySelector("time"), before = li.previousElementSibling;
   if (!time) return; // a gap
-  const when = (li.when = new Date(time.dateTime));
+  const when = (li.date = new Date(time.dateTime)); // not li.when, which newer browsers have themselves
   const day = when.toDateString();
   time.textContent = CLOCK.format(when);
-  if (day !== (before?.when ?? new Date()).toDateString())
+  if (day !== (before?.date ?? new Date()).toDateString())
     li.before(element("li", DAY.format(when), { className: "day" }));
   if (li.dataset.from) arrangeMessage(li, before);
   else arrangeNotice(li, before, time);
@@ -43,7 +44,7 @@ function arrange(li) {
 function arrangeMessage(li, before) {
   const { from } = li.dataset, said = li.querySelector(".text");
   li.hidden = hidden.has(from);
-  const close = li.when - before?.when < MINUTES_OF_A_GROUP * 60_000;
+  const close = li.date - before?.date < MINUTES_OF_A_GROUP * 60_000;
   li.classList.toggle("more", close && before.dataset.from === from);
   if (said.textContent.split("\n").length > LINES) {
     li.classList.add("long");
@@ -88,6 +89,9 @@ function toEnd() {
   follow();
 }
 
+const sizeOf = ({ clientWidth, clientHeight }) => `${clientWidth} × ${clientHeight}`;
+const nearEnd = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 50;
+
 function follow(move = true) {
   if (atEnd && move) {
     const end = scroller.scrollHeight - scroller.clientHeight;
@@ -116,10 +120,15 @@ new MutationObserver((records) => {
   setTimeout(() => $("live").setAttribute("aria-live", "polite"), 1000); // the history has been put in
 }).observe(log, { childList: true });
 new MutationObserver(() => follow()).observe($("unsent"), { childList: true });
-new ResizeObserver(() => follow()).observe(scroller);
+new ResizeObserver(() => {
+  size = sizeOf(scroller);
+  atEnd ||= nearEnd();
+  follow();
+}).observe(scroller);
 
 scroller.addEventListener("scroll", () => {
-  atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 50;
+  if (sizeOf(scroller) !== size) return; // not the reader has moved: the window has changed
+  atEnd = nearEnd();
   follow(false); // or a key, which moves it by less, could never leave the end
 });
 log.addEventListener("click", ({ target }) => {
@@ -129,7 +138,7 @@ log.addEventListener("click", ({ target }) => {
 });
 log.addEventListener("pointerover", ({ target }) => {
   const li = target.closest("li");
-  if (li?.when) li.title = li.when.toLocaleString(); // only now: it is slow, and not for the ear
+  if (li?.date) li.title = li.date.toLocaleString(); // only now: it is slow, and not for the ear
 });
 addEventListener("focus", () => follow());
 document.addEventListener("visibilitychange", () => follow());
@@ -156,7 +165,7 @@ function notify(name, body) {
 // ── Taking it home ──
 
 function line(li) {
-  const when = li.when ? `[${STAMP.format(li.when)}] ` : "";
+  const when = li.date ? `[${STAMP.format(li.date)}] ` : "";
   if (!li.dataset.from) return `${when}* ${li.said ?? li.textContent}`;
   // A new line in a message must not look like a line of somebody else.
   const said = li.querySelector(".text").textContent.replaceAll("\n", "\n    ");

@@ -2,6 +2,7 @@
 
 from conftest import messages, peer, shows, writes
 
+SAID_OF_HIDDEN = "getComputedStyle($('people').querySelector('.unseen .who'), '::after').content"
 NOTE_FRAMES = "window.sent = []; socket.send = (frame) => sent.push(JSON.parse(frame)); 0"
 
 
@@ -9,11 +10,36 @@ async def test_you_are_first_and_the_others_by_name(server, join):
     for name in ("Dee", "Ann", "Cy"):
         await peer(server, name)
     bob = await join("Bob")
+    await shows(bob, "(you)", "#people")  # the list has come, and has been arranged
     names = await bob.locator("#people .who").all_inner_texts()
     assert names == ["Bob", "Ann", "Cy", "Dee"]
     await shows(bob, "(host)", "#people li:last-child")
     colours = {await li.get_attribute("class") for li in await bob.locator("#people li").all()}
     assert len(colours) == 4
+
+
+async def test_what_is_said_of_a_member_is_one_line_of_words(join, line):
+    _, bob = await join("Ann", line), await join("Bob")
+    line.cut(up=False)
+    await shows(bob, "Ann (reconnecting)", "#people")
+    said = await bob.inner_text("#people .away")  # boxes side by side would be lines here
+    assert said.startswith("Ann (reconnecting) (host)")
+
+
+async def test_the_focus_stays_in_the_list_when_somebody_joins(server, join):
+    ann = await join("Ann")
+    await peer(server, "Bob")
+    await shows(ann, "Bob", "#people")
+    await ann.focus("#people button")
+    await peer(server, "Cy")
+    await shows(ann, "Cy", "#people")
+    await ann.wait_for_selector("#people button[aria-label^='Bob']:focus")
+    await ann.keyboard.press("Enter")
+    await shows(ann, "Bob", "#question")
+    await peer(server, "Dee")
+    await shows(ann, "Dee", "#people")
+    await ann.keyboard.press("Escape")
+    await ann.wait_for_selector("#presence summary:focus")  # the button has gone
 
 
 async def test_only_the_host_can_lock_and_remove(join):
@@ -39,6 +65,7 @@ async def test_anybody_can_hide_somebody_for_oneself(join):
     await shows(ann, "before")
     await ann.click("#people button")
     await ann.click("text=Hide their messages")
+    assert await ann.evaluate(SAID_OF_HIDDEN) == '" (hidden)"'
     await writes(bob, "after")
     await shows(bob, "after")
     await writes(ann, "fence")
@@ -47,6 +74,7 @@ async def test_anybody_can_hide_somebody_for_oneself(join):
     assert await messages(bob) == ["before", "after", "fence"]  # nobody else notices
     await ann.click("#people button")
     await ann.click("text=Show their messages")
+    assert await ann.locator("#people .unseen").count() == 0
     await shows(ann, "after")
     assert await messages(ann) == ["before", "after", "fence"]
 

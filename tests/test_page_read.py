@@ -34,6 +34,29 @@ async def test_the_log_stays_where_its_reader_is(server, join):
     assert await ann.title() == "Room PARTY2"
 
 
+async def test_who_was_at_the_end_is_there_in_a_window_of_another_shape(join):
+    ann = await join("Ann", viewport={"width": 768, "height": 1024})
+    for number in range(15):
+        await writes(ann, f"line {number} " + "of many words " * 2 * number)
+    await shows(ann, "line 14")
+    end = ann.locator("#log li:last-child")
+    for button in ("#wire-open", "#wire-close"):  # the log becomes wider and lower, and back
+        await ann.click(button)
+        await asyncio.sleep(0.3)  # for the page to have noticed
+        await expect(end).to_be_in_viewport()
+        await expect(ann.locator("#new")).not_to_be_visible()
+    for height, scrolls in ((300, True), (310, False)):
+        await ann.set_viewport_size({"width": 768, "height": height})
+        followed = f"innerHeight === {height} && size === sizeOf(scroller)"
+        while not await ann.evaluate(followed):
+            await asyncio.sleep(0.05)
+        if scrolls:
+            await scroll_up(ann)
+        await expect(end).not_to_be_in_viewport()  # who was not at the end is left alone
+    await ann.set_viewport_size({"width": 768, "height": 9000})
+    await expect(ann.locator("#new")).not_to_be_visible()
+
+
 async def test_what_came_while_the_tab_was_hidden_is_counted_and_marked(server, join):
     ann, bob = await join("Ann"), await peer(server, "Bob")
     bob.send(say="seen", id="seen")
@@ -137,6 +160,15 @@ async def test_no_message_is_taller_than_the_screen_until_it_is_opened(join):
     await code.focus()
     await ann.keyboard.press("End")
     await expect(code).not_to_have_js_property("scrollTop", 0)
+
+
+async def test_a_link_ends_where_it_was_meant_to_and_code_begins_below_its_word(join):
+    ann = await join("Ann")
+    address = "https://a.example/Foo_(bar)"
+    await writes(ann, f"(see {address}), or\n```python\nprint('in Python')\n```")
+    link = ann.locator("#log a")
+    assert await link.get_attribute("href") == await link.inner_text() == address
+    assert await ann.inner_text("#log pre") == "print('in Python')"
 
 
 async def test_what_comes_while_another_window_is_in_front_is_not_read(server, join):

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from conftest import enters, messages, settings, shows, stop_the_clock, writes
+from conftest import enters, messages, settings, shows, stop_the_clock, transcript, writes
 
 from bench.peer import Proxy
 
@@ -239,4 +239,8 @@ async def test_after_a_restart_the_talk_goes_on(server, join, line):
         assert await page.locator("#log .gap").all_inner_texts() == [
             "The server has restarted."  # and nothing else: nothing is missing
         ]
+        async with page.expect_download() as download:
+            await page.click("#presence .save")
+        assert "\n* The server has restarted.\n" in await transcript(download)
+        assert page.errors == []
     assert await bob.locator("#people .who").all_inner_texts() == ["Bob", "Ann"]

@@ -171,6 +171,41 @@ async def test_the_keyboard_of_a_phone_stays_open_and_its_enter_is_a_new_line(jo
     assert await page.evaluate("document.activeElement.id") == "text"  # so it is still open
 
 
+async def test_the_box_grows_with_what_is_written_and_the_log_stays_at_its_end(tab):
+    """Also where the script has to do it, as in Firefox."""
+    ann = await tab()
+    await ann.add_init_script("CSS.supports = () => false")
+    await ann.reload()
+    await ann.evaluate("text.style.fieldSizing = 'fixed'")
+    await enters(ann, "Ann")
+    for number in range(30):
+        await writes(ann, f"line {number}")
+    await shows(ann, "line 29")
+    box = ann.locator("#text")
+    small = (await box.bounding_box())["height"]
+    for lines in range(1, 9):
+        await ann.fill("#text", "line\n" * lines)
+        await asyncio.sleep(0.05)  # for the page to have noticed
+    assert (await box.bounding_box())["height"] > 4 * small
+    await ann.press("#text", "End")
+    await ann.keyboard.type("more")
+    await asyncio.sleep(0.2)
+    assert not await ann.is_visible("#new")
+    await expect(ann.locator("#log li:last-child")).to_be_in_viewport()
+    await ann.press("#text", "Enter")
+    await shows(ann, "more")
+    assert (await box.bounding_box())["height"] == small
+
+
+async def test_under_the_box_stands_how_to_write_code_and_a_new_line(join):
+    ann = await join("Ann")
+    await shows(ann, "Shift+Enter: a new line. Code goes between ``` and ```.", "#hint")
+    assert "hint" in (await ann.get_attribute("#text", "aria-describedby")).split()
+    tablet = {"viewport": {"width": 1024, "height": 768}, "has_touch": True, "is_mobile": True}
+    bob = await join("Bob", **tablet)
+    assert await bob.inner_text("#hint") == "Code goes between ``` and ```."  # Enter is a new line
+
+
 async def test_a_message_without_an_echo_says_what_it_waits_for(join, line):
     ann, bob = await join("Ann", line), await join("Bob")
     await ann.clock.install()
