@@ -414,8 +414,8 @@ def add_presence(room: Room) -> None:
 def create_room(code: str, address: str = "", birth: int = 0) -> Room:
     """Open a room for an address, or return the one that is there, for a class or a double click.
 
-    Close 1008 if that address has opened too many; even if the room is there, or a right guess could
-    be told from a wrong one. 4503 if there are too many in all. A room that was born in another run
+    Close: 1008 if the address has opened too many, even if the room is there, or a right guess could
+    be told from a wrong one; 4503 if there are too many rooms. A room that was born in another run
     is opened again. Its numbers start from the clock, in milliseconds, and thus above its old ones,
     so that an old number is never mistaken for a new one.
     """
@@ -602,12 +602,12 @@ async def parse(raw, outbox: Outbox) -> dict:
 
 
 def largest_frame() -> int:
-    """Return how many bytes a frame may have. In browsers a character has six at most, as in \\u0001."""
+    """Return how many bytes a frame may have. From a browser, a character has at most six."""
     return 8 * limits["MESSAGE_LENGTH"] + 384
 
 
 async def take_in(frame: dict, code: str, outbox: Outbox) -> None:
-    """Act on a frame, after the hand-outs that have to be before it, when it is the address's turn."""
+    """Act on a frame: after the hand-outs that have to come first, when it is the address's turn."""
     if member := outbox.member:
         room, loop = member.room, asyncio.get_running_loop()
         while room.timer and (outbox.after is not None or room.pending_bytes > PENDING_BYTES):
@@ -741,7 +741,7 @@ def add_member(room: Room, id: str, name: str, outbox: Outbox, after=0, restarte
     others = list(room.members.values())
     if room.locked and not restarted:
         raise Close(4403, "This room is locked: nobody new comes in.")
-    # Reconnecting ones count, too: to say hello and hang up, a thousand times, would fill the server.
+    # Lost ones count, too: to say hello and hang up, a thousand times, would fill the server.
     if sum(len(each.members) for each in rooms.values()) >= 2 * limits["SOCKETS"]:
         raise Close(4503, "This server is full. Try again later.")
     if sum(member.outbox is not None for member in others) >= limits["MEMBERS"]:
