@@ -19,12 +19,15 @@ them runs, nothing else does:
 
 The words:
 
-    room     people who talk, found by a code such as KWR4TN; gone when the last member has left
+    room     people who talk, found by a code such as KWR4TN; gone when the last member has left,
+             or if nobody enters
     member   one tab in one room: here (has an outbox), reconnecting (has none) or left (forgotten)
-    host     who has been in the room longest: can lock it, and remove somebody
+    host     who has been in the room longest, in this run: can lock it, and remove somebody
     entry    a line of the log, message or notice; its seq is one more than that of the entry before
     outbox   what one connection still has to be sent, in batches of frames; bounded, so that nobody
              waits for the slow
+    hand-out to put into the outboxes all that is pending in a room
+    snapshot what a newcomer is given instead: all that its member has missed
     evict    to end a connection that has missed something; its member comes back by itself, and
              resumes: is given what was said since the last entry that it has
     frame    what a WebSocket carries: JSON from the browser, fragments of HTML to it
@@ -51,7 +54,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import urlsplit
 
 try:
     import segno
@@ -129,7 +131,7 @@ class Close(Exception):
 
 class Chat(Quart):
     async def handle_request(self, request):
-        """Answer a request when it is the turn of its address; see `turn`, in Strangers."""
+        """Answer a request, unless its address has kept us too busy: then later. See `turn`."""
         async with turn(address_of(request)):
             return await super().handle_request(request)
 
@@ -197,8 +199,8 @@ class Outbox(asyncio.Queue):
         self.allowance = Allowance(limits["RATE"], limits["BURST"])  # for frames from the browser
         self.grace = limits["GRACE"]  # seconds to come back if it ends now
         self.hung_up = False  # we have ended it, and do not act any more on what it says
-        self.member: Member | None = None  # set by enter, and so is the next
-        self.after: int | None = None  # number since which it waits for what was said; None: has it
+        self.member: Member | None = None  # set by enter
+        self.after: int | None = None  # of a newcomer: the number of the last entry that it has
 
     def hang_up(self, code: int, reason: str) -> None:
         """Have the relay end the connection, after what waits; the first reason counts."""
@@ -223,7 +225,7 @@ class Member:
 @dataclass(eq=False, slots=True)
 class Room:
     code: str
-    birth: int  # in milliseconds; stands in the tokens: opened again later it is another room
+    birth: int  # in milliseconds; stands in the tokens: later, the same code is another room
     creator: str  # address of who has opened it
     start: int  # seq with which it began in this run
     seq: int  # of the latest entry
@@ -239,7 +241,7 @@ class Room:
     pending: list[str] = field(default_factory=list)  # fragments that are in no outbox yet
     pending_bytes: int = 0  # of the entries among them
     typing: set[Member] = field(default_factory=set)  # since the last hand-out
-    timer: asyncio.TimerHandle | None = None  # of the next step of a hand-out; None: it is idle
+    timer: asyncio.TimerHandle | None = None  # of hand_out, or of deliver's next slice; None: idle
     presence: asyncio.TimerHandle | None = None  # of the list of members, if that has changed
     locked: bool = False
     removed: set[str] = field(default_factory=set)  # ids of members who may not come back
@@ -256,7 +258,8 @@ RESTART = "The server restarts."
 log = logging.getLogger("chat")  # no message, name, code or token
 noted: Counter[str] = Counter()  # what has been logged in the last minute, and how often it was
 
-# Fragments are rendered where nothing may await, so by a template engine that does not.
+# Each macro of fragments.html becomes a function. They are called where nothing may await, so the
+# template engine is one that does not.
 fragments = app.jinja_env.overlay(enable_async=False).get_template("fragments.html").module
 
 
@@ -307,15 +310,15 @@ def hand_out(room: Room) -> None:
     """
     room.timer = None
     news, room.pending, room.pending_bytes = room.pending, [], 0
-    if room.typing:  # news for a moment only: neither numbered nor remembered. Four are a crowd
-        news.append(str(fragments.typing(list(room.typing)[:4])))
-    room.typing.clear()
+    typing, room.typing = list(room.typing)[:4], set()  # four are a crowd
     connected = [member.outbox for member in room.members.values() if member.outbox]
-    here = [outbox for outbox in connected if outbox.after is None]
     newcomers = [outbox for outbox in connected if outbox.after is not None]
+    here = [outbox for outbox in connected if outbox.after is None]
     try:
-        if newcomers:  # the news is for those who were here: these find it in what they are given
+        if newcomers:  # the news is for those who were here: these find it in their snapshot
             give_snapshots(room, newcomers[:OUTBOXES_AT_ONCE])
+        if typing:  # news for a moment only: neither numbered nor remembered
+            news.append(str(fragments.typing(typing)))
         if batch := list(in_frames(news, FRAME_SIZE_FOR_ALL)):
             work = sum(1 + len(frame) / FRAME_UNIT for frame in batch) * len(here)
             deliver(room, batch, here, time.monotonic() + work / limits["FRAMES_PER_SECOND"])
@@ -340,7 +343,7 @@ def in_frames(strings: list[str], most: int) -> Iterator[str]:
 
 
 def give_snapshots(room: Room, newcomers: list[Outbox]) -> None:
-    """Give members what was said since the last entry that they have; 0: all that is remembered.
+    """Give newcomers what was said since the last entry that they have; 0: all that is remembered.
 
     While this runs nothing is pending: what was said until now is in the history, and what is said
     from now on comes with the next hand-out. With an await in here, an entry of that moment could
@@ -363,13 +366,13 @@ def signer() -> URLSafeSerializer:
     return URLSafeSerializer(limits["SECRET"], salt="member")
 
 
-def deliver(room: Room, batch: list[str], receivers: list[Outbox], rested: float) -> None:
+def deliver(room: Room, batch: list[str], receivers: list[Outbox], rest_until: float) -> None:
     """Put a batch into outboxes, a few in each turn of the loop, so that other rooms get theirs."""
     first, rest = receivers[:OUTBOXES_AT_ONCE], receivers[OUTBOXES_AT_ONCE:]
     if rest:
-        room.timer = later(0, deliver, room, batch, rest, rested)
+        room.timer = later(0, deliver, room, batch, rest, rest_until)
     else:
-        room.timer = later(rested - time.monotonic(), hand_out, room)
+        room.timer = later(rest_until - time.monotonic(), hand_out, room)
     for outbox in first:
         send(outbox, batch)
 
@@ -414,8 +417,8 @@ def add_presence(room: Room) -> None:
 def create_room(code: str, address: str = "", birth: int = 0) -> Room:
     """Open a room for an address, or return the one that is there, for a class or a double click.
 
-    Close: 1008 if the address has opened too many, even if the room is there, or a right guess could
-    be told from a wrong one; 4503 if there are too many rooms. A room that was born in another run
+    Close: 1008 if the address has opened too many, even if the room is there, or it could find out
+    in this way which codes are taken; 4503 if there are too many rooms. A room that was born in another run
     is opened again. Its numbers start from the clock, in milliseconds, and thus above its old ones,
     so that an old number is never mistaken for a new one.
     """
@@ -501,7 +504,7 @@ async def connection(code: str):
         if not same_origin():
             note("CHAT_ORIGINS: a page of another site has tried to connect")
             return "This page may not connect here.", 403
-        await ws.accept()  # also those we turn away: browsers show the code of a close only
+        await ws.accept()  # also those turned away below: browsers show only the code of a close
     end = Close(1011, "The server has made a mistake.")
     outboxes[outbox] = None
     make_way(outbox)
@@ -511,7 +514,7 @@ async def connection(code: str):
         async with asyncio.TaskGroup() as both:
             both.create_task(relay(outbox, ws))
             both.create_task(receive(code, outbox, ws))
-    except* Close as closes:
+    except* Close as closes:  # the TaskGroup raises what was raised in it as a group
         end = closes.exceptions[0]
         note(f"Closed with {end.code}: {end.reason}")
     except* OSError:
@@ -561,7 +564,7 @@ async def receive(code: str, outbox: Outbox, ws) -> None:
                 raw = await ws.receive()
                 if outbox.member:
                     deadline.reschedule(None)  # from here on it is we who are slow
-                await take_in(await parse(raw, outbox), code, outbox)
+                await take_in(parse(raw, outbox.allowance), code, outbox)
                 raw = None  # as in relay
                 if outbox.member:
                     deadline.reschedule(loop.time() + 2.5 * limits["BEAT"])
@@ -574,12 +577,8 @@ async def receive(code: str, outbox: Outbox, ws) -> None:
         lose(outbox)
 
 
-async def parse(raw, outbox: Outbox) -> dict:
-    """Return a frame, an object with one verb; Close 1008 or 1009 if it is anything else.
-
-    Who sends too much is not told so, but read more slowly: what we do not read fills the buffers
-    on the way, and then TCP has the sender wait. That is backpressure.
-    """
+def parse(raw, allowance: Allowance) -> dict:
+    """Return a frame, an object with one verb; Close 1008 or 1009 if it is anything else."""
     if isinstance(raw, guards.Violation):
         raise Close(*raw)
     if not isinstance(raw, str):
@@ -587,9 +586,7 @@ async def parse(raw, outbox: Outbox) -> dict:
     size = len(raw.encode())
     if size > largest_frame():
         raise Close(1009, f"A frame has at most {largest_frame()} bytes.")
-    outbox.allowance.spend(1 + size // 1024)
-    if wait := outbox.allowance.until_paid():
-        await asyncio.sleep(wait)
+    allowance.spend(1 + size // 1024)
     try:
         frame = json.loads(raw)
         if "\\u" in raw:
@@ -607,16 +604,23 @@ def largest_frame() -> int:
 
 
 async def take_in(frame: dict, code: str, outbox: Outbox) -> None:
-    """Act on a frame: after the hand-outs that have to come first, when it is the address's turn."""
+    """Act on a frame, when its sender, its room and its address have not been too busy.
+
+    Who sends too much is not told so, but read more slowly: what we do not read fills the buffers
+    on the way, and then TCP has the sender wait. That is backpressure.
+    """
+    grace = limits["GRACE"]
+    outbox.grace = min(grace, GRACE_CLOSED) if "bye" in frame else grace
+    if wait := outbox.allowance.until_paid():
+        await asyncio.sleep(wait)
     if member := outbox.member:
         room, loop = member.room, asyncio.get_running_loop()
-        while room.timer and (outbox.after is not None or room.pending_bytes > PENDING_BYTES):
+        # Its snapshot comes first, or an answer could be there before what it is an answer to.
+        while room.timer and (room.pending_bytes > PENDING_BYTES or outbox.after is not None):
             await asyncio.sleep(room.timer.when() - loop.time())
     async with turn(outbox.address):
         if outbox.hung_up:
-            return  # what it says, it says again on its next connection
-        grace = limits["GRACE"]
-        outbox.grace = min(grace, GRACE_CLOSED) if "bye" in frame else grace
+            return  # what was said will be said again on the next connection
         if member:
             act(member, frame)
         else:
@@ -722,7 +726,7 @@ def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
     first_seen = now if run == RUN else runs.setdefault(run, now)
     restarted = run != RUN and now - first_seen < limits["GRACE"]
     if not room:
-        if not restarted or code in closed:
+        if not restarted:
             raise Close(4404, "This room has closed.")
         room = create_room(code, outbox.address, birth)
     if id in room.removed:
@@ -736,7 +740,7 @@ def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
 def add_member(room: Room, id: str, name: str, outbox: Outbox, after=0, restarted=False) -> None:
     """Make a member, and have it enter; Close 4403 if the room is locked, 4503 if it is full.
 
-    After a restart without a word, and also if it has been locked again: it was here before.
+    Who was here before a restart enters without a notice, and even if the room is locked again.
     """
     others = list(room.members.values())
     if room.locked and not restarted:
@@ -774,14 +778,15 @@ def address_of(client) -> str:
 class Share(Allowance):
     """The seconds for which an address may keep us busy, WebSockets and HTTP together.
 
-    And in one turn of the event loop only a slice of that, so that others come in between.
+    And in one turn of the event loop nothing more is begun after a slice of that, so that others
+    come in between.
     """
 
     def __init__(self, rate: float):
         super().__init__(rate, burst=10 * rate)
         self.slice = rate / 125  # 2 ms, if a second has 0.25
         self.in_this_turn = 0.0
-        self.line = asyncio.Lock()  # who has to wait waits in line, and only the first looks up
+        self.line = asyncio.Lock()  # who has to wait waits in line, and only the first checks again
 
     def use(self, seconds: float) -> None:
         self.spend(seconds)
@@ -800,7 +805,7 @@ def share_of(address: str) -> Share:
 
 @asynccontextmanager
 async def turn(address: str, besides: float = 0.0) -> AsyncIterator[None]:
-    """Wait until an address may keep us busy, and measure for how long what is done then does.
+    """Wait until an address may keep us busy; then measure for how long it does, and charge it that.
 
     `besides` is what cannot be measured, in seconds.
     """
@@ -831,8 +836,8 @@ def check(limit: str, address: str, why: str, code: int = 1008) -> None:
 def find_room(code: str, address: str) -> Room | None:
     """Return the room with this code, if there is one; Close 1008 after too many wrong codes.
 
-    Then even for a right code, or whoever tries them all would still find the rooms. But not for
-    the address that has created the room, or that has a member in it. Codes of rooms that have
+    Then even for a right code, or whoever tries them all would still find the rooms. But not at an
+    address that has created the room, or that has a member in it. Codes of rooms that have
     closed are not counted: a class that reloads its pages is not guessing.
     """
     room = rooms.get(code)
@@ -954,15 +959,15 @@ async def room_page(code: str):
 
 def link(code: str) -> str:
     """Return the link of a room for others: to them, `localhost` would be their own machine."""
-    site = f"{guards.scheme(request, limits['PROXIES'])}://{request.host}"
+    site = f"{guards.scheme(request, limits['PROXIES'])}://{request.headers.get('Host', '')}"
     if only_here(site):
         site = limits.get("NETWORK", site)  # as main has found it out, if we listen to all
     return f"{site}/r/{code}"
 
 
-def only_here(link: str) -> bool:
-    """Whether a link leads somewhere on this machine only."""
-    return urlsplit(link).hostname in ("localhost", "127.0.0.1", "::1")
+def only_here(url: str) -> bool:
+    """Whether a URL leads somewhere on this machine only."""
+    return bool(re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])([:/]|$)", url))
 
 
 @app.get("/r/<code>/qr.svg")
@@ -974,9 +979,9 @@ async def qr_code(code: str):
 
 
 @lru_cache(64)
-def draw(link: str) -> bytes:
+def draw(url: str) -> bytes:
     drawing = io.BytesIO()
-    segno.make(link, micro=False).save(
+    segno.make(url, micro=False).save(
         drawing, kind="svg", xmldecl=False, omitsize=True, light="white"
     )
     return drawing.getvalue()
@@ -1033,7 +1038,7 @@ async def run(listener: socket.socket, first: str = "") -> None:
         while outboxes and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
 
-    if first:  # the one that the terminal shows: it waits for longer than the others
+    if first:  # the one that the terminal shows: it waits for its first member without an end
         create_room(first).unentered.cancel()
     heart = asyncio.create_task(beat())
     # One peer may have so many connections; a proxy is no stranger, and has limits of its own.

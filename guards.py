@@ -1,7 +1,7 @@
 """What strangers on the internet make necessary: chat.py is better read without it.
 
 Text and names that deceive, static files, response headers, addresses; and below these the seat
-belts for Hypercorn 0.18 and Quart 0.22. Each says what happens without it.
+belts for Hypercorn 0.18 and Quart 0.22, which say what happens without them.
 """
 
 import asyncio
@@ -13,7 +13,6 @@ import struct
 import unicodedata
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from ipaddress import ip_address, ip_network
@@ -39,7 +38,7 @@ FITS = {"hypercorn": "0.18.0", "quart": "0.22.0", "wsproto": "1.3.2", "h11": "0.
 # ── Text and names ───────────────────────────────────────────────────────────────────────────────
 
 # Never shown: control characters, and overrides of the writing direction. In names also refused:
-# letters that look like nothing, and joiners but for those inside 👩‍🚀 or a Persian word.
+# letters that look like nothing, and joiners where there is ASCII; inside 👩‍🚀 they are needed.
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 BLANK = re.compile("[\u3164\u115f\u1160\uffa0\u2800\u034f\u17b4\u17b5\ufffc\U00016fe4\U0001d159]")
 JOINER = re.compile("(?<=[^\x00-\x7f])[\u200c\u200d](?=[^\x00-\x7f])")
@@ -53,7 +52,7 @@ NAME_LENGTH = 24  # characters
 
 
 def clean(text: str) -> str:
-    """Return a message as it will be shown: NFC, nothing hidden, no screens full of nothing."""
+    """Return a message as it will be shown: nothing hidden, no screens full of nothing, and NFC."""
     if not stacked(text):
         text = unicodedata.normalize("NFC", text)
     text = HIDDEN.sub("", text.replace("\r\n", "\n")).strip("\n")
@@ -61,8 +60,8 @@ def clean(text: str) -> str:
 
 
 def stacked(text: str) -> bool:
-    """Whether a letter carries more than 30 marks. To normalize n of them takes n² steps: 0.1 s for
-    what fits into one frame, and everybody would wait."""
+    """Whether a letter carries more than 30 marks: then it stays as it is. To normalize n of them
+    takes n² steps, 0.1 s for what fits into one frame, and everybody would wait."""
     marks = 0
     for character in "" if text.isascii() else text:
         marks = marks + 1 if unicodedata.combining(character) else 0
@@ -81,28 +80,26 @@ def usable_name(raw: str) -> str:
 
     What else looks alike, such as AIice with a capital I, is not covered.
     """
-    if len(raw) > 100:  # NFKC can make 18 characters of one
+    # NFKC can make 18 characters of one: what is too long anyway stays as it is.
+    name = raw if len(raw) > 100 else unicodedata.normalize("NFKC", raw)
+    name = re.sub(" +", " ", name.strip())
+    if len(name) > NAME_LENGTH:
         raise ValueError(f"A name has at most {NAME_LENGTH} characters.")
-    name = re.sub(" +", " ", unicodedata.normalize("NFKC", raw).strip())
     if not JOINER.sub("", name).isprintable() or BLANK.search(name):
         raise ValueError("This name has characters that cannot be seen. Please leave them out.")
     kinds = "".join(unicodedata.category(character)[0] for character in JOINER.sub("", name))
     if not set(kinds) & set("LNPS"):
         raise ValueError("Please give a name.")
-    if len(name) > NAME_LENGTH:
-        raise ValueError(f"A name has at most {NAME_LENGTH} characters.")
     if "MMM" in kinds:
         raise ValueError("This name has too many marks on one letter.")
     scripts = {unicodedata.name(letter, "").split(" ")[0] for letter in name if letter.isalpha()}
     if "LATIN" in scripts and scripts & {"CYRILLIC", "GREEK"}:
-        raise ValueError(
-            "This name mixes letters of two alphabets that look alike. Use one of them."
-        )
+        raise ValueError("This name mixes two alphabets that look alike. Use one of them.")
     return name
 
 
 def unlike_others(name: str, taken: list[str]) -> str:
-    """Return the name, with a number if it differs from a taken one in nothing that can be seen."""
+    """Return the name, with a number if it looks like a taken one, or has the same letters."""
 
     def look(name: str) -> str:
         return unicodedata.normalize("NFKC", VARIANT.sub("", name.casefold()))
@@ -130,8 +127,7 @@ KINDS = {  # of the files in static/ that go out; others stay where they are
 }
 
 
-@dataclass(frozen=True)
-class File:
+class File(NamedTuple):
     """A static file as it goes out. All are read at start: what a stranger sends is looked up in a
     dict, and never names a path. (Quart's own route reads each through a thread, which takes 4 ms.)"""
 
@@ -206,11 +202,8 @@ def install(app: Quart, allowance, connections: int = 0, turn=None) -> None:
     each of them waits for its turn(address); 0: the peer is a proxy, which has limits of its own.
     """
     for package, fits in FITS.items():
-        if version(package) != fits:
-            raise SystemExit(
-                f"guards.py fits {package} {fits}, and {version(package)} is installed. "
-                "Install the right version: pip install -r requirements.txt"
-            )
+        if (found := version(package)) != fits:
+            raise SystemExit(f"guards.py fits {package} {fits}, not {found}: see requirements.txt")
 
     async def headers(response: Response | None) -> Response | None:
         if response is not None:  # as it is for a WebSocket that has not been refused
@@ -240,9 +233,9 @@ def install(app: Quart, allowance, connections: int = 0, turn=None) -> None:
 
 
 def harden(listener: socket.socket) -> None:
-    """Set what accepted sockets inherit: a peer that never reads, or has vanished, is gone in 20 s.
+    """Set what accepted sockets inherit: a peer that never reads, or has vanished, is soon gone.
 
-    Without, such a peer blocks send for ever, and close behind it.
+    In 20 to 25 s on Linux. Without, such a peer blocks send for ever, and close behind it.
     """
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -254,7 +247,7 @@ def harden(listener: socket.socket) -> None:
     }.items():
         if hasattr(socket, option):  # Linux has them all
             listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    # Less of what nobody reads vanishes into the kernel: 64 KiB in place of 4 MB, and 32 in place of 30 MB.
+    # Without, up to 4 MB that nobody reads vanish into the kernel for each, and 30 MB come from it.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
 
@@ -359,7 +352,7 @@ class Connection(ASGIWebsocketConnection):
 
 
 class Socket(Websocket):
-    """Quart sleeps, accepts again and sends a signal for each frame; chat.py needs none of it."""
+    """Quart sleeps and accepts again for each frame, and above sends a signal; all that is not needed."""
 
     async def send(self, data: str) -> None:
         await self._send(data)
@@ -423,18 +416,13 @@ class Stream(ws_stream.WSStream):
             if self.closed or self.broken:
                 return
             # Messages are counted where they are read; this is what the application never sees.
-            fragment = isinstance(event, Message) and event.frame_finished > event.message_finished
-            unseen = fragment or not isinstance(event, Message)
-            if unseen:
+            if not isinstance(event, Message) or event.frame_finished > event.message_finished:
                 if self.frames.left() < 1:
-                    return await self.report(
-                        Violation(1008, "You sent too many pings or fragments.")
-                    )
+                    return await self.report(1008, "You sent too many pings or fragments.")
                 self.frames.spend(1)
             if isinstance(event, Message):
                 if self.buffer.length + len(event.data) > self.buffer.max_length:
-                    await self.report(Violation(1009, "That frame was too large."))
-                    continue
+                    return await self.report(1009, "That frame was too large.")
                 self.buffer.extend(event)
                 if event.message_finished:
                     await self.app_put(self.buffer.to_message())
@@ -445,7 +433,7 @@ class Stream(ws_stream.WSStream):
                 await self._send_wsproto_event(event.response())
                 await self.send(StreamClosed(stream_id=self.stream_id))
 
-    async def report(self, violation: Violation) -> None:
+    async def report(self, code: int, reason: str) -> None:
         self.broken = True
         self.buffer.clear()
-        await self.app_put({"type": "websocket.receive", "bytes": violation})
+        await self.app_put({"type": "websocket.receive", "bytes": Violation(code, reason)})
