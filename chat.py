@@ -106,7 +106,9 @@ PRESENCES_PER_SECOND = 500  # names that one member is shown in lists of members
 PENDING_BYTES = 114_688  # while more waits in a room for its hand-out, its senders are not read
 CONNECTION = 0.0005  # seconds that to accept one takes, most of them in Hypercorn
 
-CLOSE_CODES = {  # what they mean, and whether the page comes back by itself
+# What they mean, and whether the page comes back by itself. For what is no WebSocket, wsproto adds
+# 1002 and 1007.
+CLOSE_CODES = {
     1000: ("you left", "no"),
     1008: ("you broke a rule, the reason says which", "no"),
     1009: ("that frame was too large", "no"),
@@ -142,23 +144,27 @@ limits = app.config
 
 
 def read_settings() -> None:
-    """Take the settings from the environment; exit with a sentence if one of them cannot be."""
+    """Take the settings from the environment; ValueError says which of them cannot be."""
     for name, (default, _) in SETTINGS.items():
         told = os.environ.get(f"CHAT_{name}", default)
         try:
             limits[name] = type(default)(told)
         except ValueError:
             kind = "a whole number" if type(default) is int else "a number"
-            sys.exit(f"CHAT_{name} has to be {kind}, not {told!r}.")
+            raise ValueError(f"CHAT_{name} has to be {kind}, not {told!r}.") from None
         unset = limits[name] == default  # which may be 0, or empty
         if not unset and type(default) is not str and not 0 < limits[name] < math.inf:
-            sys.exit(f"CHAT_{name} has to be more than 0, not {told}.")
+            raise ValueError(f"CHAT_{name} has to be more than 0, not {told}.")
     if 0 < len(limits["SECRET"]) < 16:
-        sys.exit("CHAT_SECRET has to have 16 characters or more, or it can be guessed.")
+        raise ValueError("CHAT_SECRET has to have 16 characters or more, or it can be guessed.")
     limits["SECRET"] = limits["SECRET"] or secrets.token_hex()
 
 
-read_settings()
+try:
+    read_settings()
+except ValueError as why:
+    print(why, file=sys.stderr)
+    sys.exit(2)  # systemd, too, is told by this that to try again does not help
 
 
 class Allowance:
@@ -1061,9 +1067,10 @@ async def beat() -> None:
     """
     while True:
         await asyncio.sleep(limits["BEAT"])
+        batch = [str(fragments.beat())]
         for number, outbox in enumerate(list(outboxes)):
             try:
-                send(outbox, [str(fragments.beat())])
+                send(outbox, batch)
             except Exception:  # or the heart would stand still for all
                 log.exception("A heartbeat failed")
                 evict(outbox, "The server has made a mistake. Come back and resume.")

@@ -109,6 +109,8 @@ class Crowd:
 
     async def read(self, peer: Peer) -> None:
         while data := await peer.read():
+            if b'"#beat"' in data:
+                peer.send(here=0)
             self.count += data.count(b"sent@")
             for stamp in islice(STAMP.finditer(data), self.sample):
                 self.latencies.append(time.perf_counter_ns() // 1000 - int(stamp[1]))
@@ -181,7 +183,7 @@ async def house(server: str) -> dict[str, float]:
     crowds = [Crowd(running, 20, code) for code in codes(500)]
     for crowd in crowds:
         await crowd.join()
-    await asyncio.sleep(2)
+    await asyncio.sleep(22)  # for a heartbeat, and for Python's garbage collector, see README.md
     speakers = [crowd.peers[number] for number in range(20) for crowd in crowds]
     await speak(speakers, 500, WARM)
     for crowd in crowds:

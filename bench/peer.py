@@ -50,8 +50,8 @@ CHAOS = {  # so that connections are lost and evicted soon, and nothing is forgo
 SABOTAGE = {  # what --prove plants, as a program to run instead of chat.py
     "": "import chat; chat.main()",
     "without dedupe": "import chat; chat.hash = lambda id: object(); chat.main()",  # never equal
-    "without resume": "import chat; enter = chat.enter; chat.enter = lambda room, member, outbox, "
-    "after, *rest: enter(room, member, outbox, room.seq if after else 0, *rest); chat.main()",
+    "without resume": "import chat; enter = chat.enter; chat.enter = lambda member, outbox, after: "
+    "enter(member, outbox, member.room.seq if after else 0); chat.main()",
     "without gap lines": "import chat; chat.fragments.gap = lambda *_, **__: ''; chat.main()",
 }
 ENTRY = re.compile(

@@ -116,8 +116,9 @@ def test_the_buttons_in_the_readme_are_those_of_the_page():
 
 
 def test_every_close_code_that_is_used_is_explained():
-    used = {int(code) for code in re.findall(r"Close\((\d{4})", SOURCE)}
-    assert used <= chat.CLOSE_CODES.keys()
+    source = SOURCE + (HERE / "guards.py").read_text()
+    used = set(re.findall(r"(?:(?:Close|hang_up|report)\(|code=)(\d{4})", source))
+    assert {int(code) for code in used} == chat.CLOSE_CODES.keys()
 
 
 def test_the_figures_of_the_readme_are_those_of_the_bench():

@@ -91,8 +91,7 @@ def start(monkeypatch, capsys):
         monkeypatch.setattr(asyncio, "run", serves)
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(HERE / "chat.py"), run_name="__main__")
-        said, code = "".join(capsys.readouterr()), end.value.code
-        return (1, f"{said}{code}\n") if isinstance(code, str) else (code, said)  # as Python does
+        return end.value.code, "".join(capsys.readouterr())
 
     return start
 
@@ -124,7 +123,7 @@ def test_a_wrong_option_is_explained(start, arguments):
 )
 def test_a_wrong_setting_is_one_sentence(start, monkeypatch, name, value, why):
     monkeypatch.setenv(f"CHAT_{name}", value)
-    assert start("--port", "0") == (1, f"{why}\n")
+    assert start("--port", "0") == (2, f"{why}\n")
 
 
 def test_what_is_no_setting_is_said(monkeypatch):
