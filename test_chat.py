@@ -832,7 +832,6 @@ async def test_tokens_of_the_run_before_open_rooms_for_the_grace_only(tab, join,
     again = await (await tab("PARTY2")).hello(token=ann.token, after=0)
     await again.leaves()
     await asyncio.sleep(0.1)
-    chat.closed.clear()  # not even then
     assert await (await tab("PARTY2")).refused(token=bob.token, after=0) == 4404
 
 
@@ -842,9 +841,33 @@ async def test_to_open_a_room_again_counts_as_creating_one(tab, join, monkeypatc
     monkeypatch.setattr(chat, "RUN", "another")
     monkeypatch.setitem(limits, "NEW_ROOMS", 1)
     chat.create_room("OTHER2", "unknown")
-    assert (
-        await (await tab("PARTY2")).refused(token=ann.token, after=0) == 1013
-    )  # for who holds a token it is never the last word
+    # For who holds a token it is never the last word.
+    assert await (await tab("PARTY2")).refused(token=ann.token, after=0) == 1013
+
+
+@pytest.mark.parametrize("frame", [{"leave": True}, {"lock": True}])
+async def test_after_a_restart_nobody_is_kept_out_by_who_is_back_first(
+    tab, join, monkeypatch, frame
+):
+    ann, bob = await join("Ann"), await join("Bob")
+    chat.forget()
+    monkeypatch.setattr(chat, "RUN", "another")
+    first = await (await tab("PARTY2")).hello(token=ann.token, after=0)
+    await first.does(**frame)
+    await (first.is_closed() if "leave" in frame else first.hears("locked the room"))
+    assert (await (await tab("PARTY2")).hello(token=bob.token, after=0)).name == "Bob"
+
+
+async def test_the_welcome_comes_before_every_answer(tab, join, monkeypatch):
+    """Or a message could be called posted on a connection on which nobody has seen it."""
+    ann = await join("Ann")
+    monkeypatch.setitem(limits, "FRAMES_PER_SECOND", 5)  # each hand-out rests for 0.2 s
+    id = await ann.says("first")
+    await ann.hears("first</div>")
+    again = await tab()
+    await again.does(hello={"token": ann.token, "after": ann.last})
+    await again.says("first", id=id)
+    assert "data-member" in await again.hears("confirmed")
 
 
 # ── Keeping a room in order ──────────────────────────────────────────────────────────────────────
