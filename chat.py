@@ -28,6 +28,7 @@ The words:
              waits for the slow
     hand-out to put into the outboxes all that is pending in a room
     snapshot what a newcomer is given instead: all that its member has missed
+    token    signed proof of having been in a room; comes with the snapshot, is shown to come back
     evict    to end a connection that has missed something; its member comes back by itself, and
              resumes: is given what was said since the last entry that it has
     frame    what a WebSocket carries: JSON from the browser, fragments of HTML to it
@@ -83,8 +84,8 @@ SETTINGS = {  # in the environment, as in CHAT_MEMBERS=40: the default, and what
     "CODE_LENGTH": (6, "characters of a room code; 8 on the open internet"),
     "HISTORY": (200, "messages that a room remembers"),
     "HISTORY_BYTES": (65_536, "bytes that these may take"),
-    "OUTBOX_BYTES": (98_304, "bytes that may wait for one slow member"),
-    "FRAMES_PER_SECOND": (12_000, "the pace of a room: frames to all its members together"),
+    "OUTBOX_BYTES": (98_304, "bytes that may wait for one slow member, beside its snapshot"),
+    "FRAMES_PER_SECOND": (14_000, "the pace of a room: frames to all its members together"),
     "BEAT": (20.0, "seconds from one heartbeat to the next; silent for 2.5 of them is lost"),
     "GRACE": (120.0, "seconds to come back after losing the connection: phones freeze tabs"),
     "PROXIES": (0, "proxies in front, whose X-Forwarded-For and -Proto are believed"),
@@ -225,7 +226,7 @@ class Member:
     allowance: Allowance  # kept when it comes back, or to do so would refill it
     outbox: Outbox | None = None  # None while reconnecting
     timer: asyncio.TimerHandle | None = None  # while reconnecting: when it will have left
-    posted: deque[int] = field(default_factory=lambda: deque(maxlen=IDS_REMEMBERED))  # ids, hashed
+    posted: deque[int] = field(default_factory=lambda: deque(maxlen=IDS_REMEMBERED))  # hashed
 
 
 @dataclass(eq=False, slots=True)
@@ -254,7 +255,7 @@ class Room:
 
 
 rooms: dict[str, Room] = {}
-outboxes: dict[Outbox, None] = {}  # of the connections that have not been turned away, oldest first
+outboxes: dict[Outbox, None] = {}  # of all connections but those that made way, oldest first
 closed: deque[str] = deque(maxlen=1_000)  # codes of the rooms that have closed, the latest last
 RUN = secrets.token_hex(4)  # this run of the program; a token that names another is older
 runs: dict[str, float] = {}  # the other ones, and when we saw a token of theirs first
@@ -262,7 +263,7 @@ stopping = asyncio.Event()
 RESTART = "The server restarts."
 
 log = logging.getLogger("chat")  # no message, name, code or token
-noted: Counter[str] = Counter()  # what has been logged in the last minute, and how often it was
+noted: Counter[str] = Counter()  # what has happened in the last minute, and how often
 
 # Each macro of fragments.html becomes a function. They are called where nothing may await, so the
 # template engine is one that does not.
@@ -309,10 +310,10 @@ def wake(room: Room) -> None:
 
 
 def hand_out(room: Room) -> None:
-    """Put all that is pending into all outboxes; then rest for as long as sending it takes.
+    """Give newcomers snapshots, and the others what is pending; rest for as long as that takes.
 
-    An idle room thus sends at once. A busy one sends fewer and larger frames instead of falling
-    behind, because a frame costs a wake-up and a system call, however little is in it.
+    An idle room thus sends in the loop's next turn. A busy one sends fewer and larger frames instead
+    of falling behind, because a frame costs a wake-up and a system call, however little is in it.
     """
     room.timer = None
     news, room.pending, room.pending_bytes = room.pending, [], 0
@@ -360,9 +361,11 @@ def give_snapshots(room: Room, newcomers: list[Outbox]) -> None:
         after, outbox.after = outbox.after, None
         member = outbox.member
         token = signer().dumps([room.code, room.birth, RUN, member.id, member.name])
+        # Some of it is forgotten, or the number is none of ours: all that there is, behind a line.
         hole = after != 0 and not room.forgotten <= after <= room.seq
         gap = [str(fragments.gap(room.forgotten, after < room.start))] if hole else []
-        missed = [entry for seq, entry in entries if seq > after or hole]
+        since = room.forgotten if hole else after
+        missed = [entry for seq, entry in entries if seq > since]
         snapshot = in_frames([str(fragments.welcome(member, token)), *gap, *missed], FRAME_SIZE)
         outbox.put_nowait((list(snapshot), 0))  # uncounted, or a long history would evict them
     show_presence(room)
@@ -374,9 +377,9 @@ def signer() -> URLSafeSerializer:
 
 def deliver(room: Room, batch: list[str], receivers: list[Outbox], rest_until: float) -> None:
     """Put a batch into outboxes, a few in each turn of the loop, so that other rooms get theirs."""
-    first, rest = receivers[:OUTBOXES_AT_ONCE], receivers[OUTBOXES_AT_ONCE:]
-    if rest:
-        room.timer = later(0, deliver, room, batch, rest, rest_until)
+    first, others = receivers[:OUTBOXES_AT_ONCE], receivers[OUTBOXES_AT_ONCE:]
+    if others:
+        room.timer = later(0, deliver, room, batch, others, rest_until)
     else:
         room.timer = later(rest_until - time.monotonic(), hand_out, room)
     for outbox in first:
@@ -387,7 +390,7 @@ def send(outbox: Outbox, batch: list[str]) -> None:
     """Put a batch of frames into an outbox; if that is full, evict its member rather than wait.
 
     Waiting would make the room as slow as its slowest member, and without a bound one dead phone
-    would eat the memory.
+    would eat the memory. Where nothing waits any batch goes in, or a large one never could.
     """
     size = sum(map(sys.getsizeof, batch))
     if outbox.bytes and outbox.bytes + size > limits["OUTBOX_BYTES"]:
@@ -399,7 +402,7 @@ def send(outbox: Outbox, batch: list[str]) -> None:
 def evict(outbox: Outbox, why: str) -> None:
     """End a connection that has missed something; its member comes back, and resumes."""
     if not outbox.hung_up:
-        while not outbox.empty():  # all of it: a hole in the middle would be taken for the whole
+        while not outbox.empty():  # it will be given that again, when it resumes
             outbox.get_nowait()
         outbox.hang_up(1013, why)
         lose(outbox)
@@ -424,9 +427,9 @@ def create_room(code: str, address: str = "", birth: int = 0) -> Room:
     """Open a room for an address, or return the one that is there, for a class or a double click.
 
     Close: 1008 if the address has opened too many, even if the room is there, or it could find out
-    in this way which codes are taken; 4503 if there are too many rooms. A room that was born in another run
-    is opened again. Its numbers start from the clock, in milliseconds, and thus above its old ones,
-    so that an old number is never mistaken for a new one.
+    in this way which codes are taken; 4503 if there are too many rooms. A room that was born in
+    another run is opened again. Its numbers start from the clock, in milliseconds, and thus above its
+    old ones, so that an old number is never mistaken for a new one.
     """
     why = "Your network has created many rooms. Wait a minute, and try again."
     check("NEW_ROOMS", address, why)
@@ -448,7 +451,7 @@ def close_room(room: Room) -> None:
     for timer in (room.unentered, room.timer, room.presence):
         if timer:
             timer.cancel()
-    room.timer = None  # take_in looks at it
+    room.timer = None  # or who is in take_in would wait for a hand-out that never comes
     del rooms[room.code]
     closed.append(room.code)
 
@@ -605,7 +608,7 @@ def parse(raw, allowance: Allowance) -> dict:
 
 
 def largest_frame() -> int:
-    """Return how many bytes a frame may have. From a browser, a character has at most six."""
+    """Return how many bytes a frame may have; of a character browsers make six at most."""
     return 8 * limits["MESSAGE_LENGTH"] + 384
 
 
@@ -644,7 +647,7 @@ def hello(code: str, outbox: Outbox, frame: dict) -> None:
         case {"hello": {"token": str(token), "after": int(after)}}:
             try:
                 come_back(code, token, after, outbox)
-            except Close as close:  # full, and that will pass
+            except Close as close:  # full, or too many new rooms: that will pass
                 raise Close(1013, close.reason) if close.code in (1008, 4503) else close from None
         case _:
             raise Close(1008, "The first frame has to be a hello.")
@@ -718,7 +721,7 @@ def join(code: str, raw_name: str, outbox: Outbox) -> None:
 def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
     """Let somebody in who was in a room before, even before a restart, and resume.
 
-    Close: 4401 not a token of this room, 4404 closed, 4403 removed or locked, and as create_room.
+    Close: 4401 not a token of this room, 4404 closed, 4403 removed, and as create_room, add_member.
     """
     try:
         home, birth, run, id, name = signer().loads(token)
@@ -744,14 +747,15 @@ def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
 
 
 def add_member(room: Room, id: str, name: str, outbox: Outbox, after=0, restarted=False) -> None:
-    """Make a member, and have it enter; Close 4403 if the room is locked, 4503 if it is full.
+    """Make a member, and have it enter.
 
+    Close: 4403 the room is locked, 4503 it or the server is full, or too many have joined.
     Who was here before a restart enters without a notice, and even if the room is locked again.
     """
     others = list(room.members.values())
     if room.locked and not restarted:
         raise Close(4403, "This room is locked: nobody new comes in.")
-    # Lost ones count, too: to say hello and hang up, a thousand times, would fill the server.
+    # Lost ones count, too, or to say hello and hang up, a thousand times, would fill the server.
     if sum(len(each.members) for each in rooms.values()) >= 2 * limits["SOCKETS"]:
         raise Close(4503, "This server is full. Try again later.")
     if sum(member.outbox is not None for member in others) >= limits["MEMBERS"]:
@@ -811,7 +815,7 @@ def share_of(address: str) -> Share:
 
 @asynccontextmanager
 async def turn(address: str, besides: float = 0.0) -> AsyncIterator[None]:
-    """Wait until an address may keep us busy; then measure for how long it does, and charge it that.
+    """Wait until an address may keep us busy; then measure for how long it does, and charge that.
 
     `besides` is what cannot be measured, in seconds.
     """
@@ -856,7 +860,7 @@ def find_room(code: str, address: str) -> Room | None:
 
 
 def make_way(newest: Outbox) -> None:
-    """Keep the number of connections bounded: one that has not said hello makes way for another.
+    """Keep the number of connections bounded: one that is in no room makes way for another.
 
     That may be the newest itself. With 1013: it may hold a token, and then has to come back.
     """
@@ -1044,7 +1048,7 @@ async def run(listener: socket.socket, first: str = "") -> None:
         while outboxes and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
 
-    if first:  # the one that the terminal shows: it waits for its first member without an end
+    if first:  # the one that the terminal shows: it waits longer for its first member
         create_room(first).unentered.cancel()
     heart = asyncio.create_task(beat())
     # One peer may have so many connections; a proxy is no stranger, and has limits of its own.
@@ -1060,7 +1064,7 @@ async def run(listener: socket.socket, first: str = "") -> None:
 
 
 async def beat() -> None:
-    """Send everybody a heartbeat, which the page answers: who does not is lost, see receive.
+    """Send everybody a heartbeat, which silent pages answer: who stays silent is lost, see receive.
 
     It tells a browser an idle room from a dead line. The server sets the pace, because the timers
     of a hidden tab stand still.
