@@ -866,11 +866,13 @@ def make_way(newest: Outbox) -> None:
     """
     mine = [outbox for outbox in outboxes if outbox.address == newest.address]
     if len(mine) > limits["SOCKETS_PER_ADDRESS"]:
-        candidates, why = mine, "There are too many connections from your network."
+        limit, candidates = "SOCKETS_PER_ADDRESS", mine
+        why = "There are too many connections from your network."
     elif len(outboxes) > limits["SOCKETS"]:
-        candidates, why = outboxes, "This server is full. Try again later."
+        limit, candidates, why = "SOCKETS", outboxes, "This server is full. Try again later."
     else:
         return
+    note(f"CHAT_{limit} is reached", newest.address)
     silent = next(outbox for outbox in candidates if not outbox.member)
     del outboxes[silent]  # here, and not when it has gone: it is not to be found twice
     silent.hang_up(1013, why)

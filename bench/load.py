@@ -5,6 +5,7 @@
     python -m bench.load --against ../before tutorial    # and other servers, in alternation
 
     10, 100, 1000    one room of so many: the highest rate with nothing lost and p99 under 250 ms
+    100@10000, 1000@2000    one room of so many, and so many messages a second
     house            500 rooms of 20 members, 500 messages a second in all
     pairs            100 rooms of two who answer each other at once
     joins            1,000 who join one room
@@ -178,6 +179,17 @@ async def highest_rate(size: int, server: str) -> float:
     return good
 
 
+async def at_rate(size: int, rate: float, server: str) -> dict[str, float]:
+    running = start(server)
+    crowd = Crowd(running, size)
+    await crowd.join()
+    await asyncio.sleep(1)
+    p50, p99, _ = await crowd.talk(rate, 8)
+    await crowd.leave()
+    running.stop()
+    return {"p50 ms": p50, "p99 ms": p99, "missing": crowd.missing}
+
+
 async def house(server: str) -> dict[str, float]:
     running = start(server)
     crowds = [Crowd(running, 20, code) for code in codes(500)]
@@ -252,6 +264,8 @@ CASES: dict[str, Callable[[str], Awaitable[dict[str, float]]]] = {
     "10": partial(one_room, 10),
     "100": partial(one_room, 100),
     "1000": partial(one_room, 1_000),
+    "100@10000": partial(at_rate, 100, 10_000),
+    "1000@2000": partial(at_rate, 1_000, 2_000),
     "house": house,
     "pairs": pairs,
     "joins": joins,
@@ -273,7 +287,7 @@ def compare(case: str, servers: list[str], rounds: int) -> None:
             values = [figure[unit] for figure in measured[server]]
             spread = f" ({min(values):.4g} to {max(values):.4g})" if rounds > 1 else ""
             figures.append(f"{median(values):.5g}{spread} {unit}")
-        print(f"{case:8}{name:12}{', '.join(figures)}", flush=True)
+        print(f"{case:10}{name:10}{', '.join(figures)}", flush=True)
 
 
 def main() -> None:
@@ -288,7 +302,7 @@ def main() -> None:
     options = parser.parse_args()
     os.sched_setaffinity(0, {1})  # the server has core 0
     for case in options.only:
-        others = options.against if case.isdigit() else [*{*options.against} - {"tutorial"}]
+        others = options.against if case[0].isdigit() else [*{*options.against} - {"tutorial"}]
         compare(case, [str(HERE), *others], options.rounds)
 
 

@@ -40,8 +40,8 @@ def worst_case(rooms: int, sockets: int) -> dict[str, float]:
     frame = max(chat.FRAME_SIZE, LARGEST_ENTRY)
     parts = {
         "connections": sockets * 48 * 1024,
-        "ids": 2 * sockets * chat.IDS_REMEMBERED * ID,
-        "histories": rooms * (limits["HISTORY_BYTES"] + limits["HISTORY"] * HEAD),
+        "ids and histories": 2 * sockets * chat.IDS_REMEMBERED * ID
+        + rooms * (limits["HISTORY_BYTES"] + limits["HISTORY"] * HEAD),
         "in flight": sockets / 2 * frame * (WIDE + 2),  # a str, the frame, the transport's copy
         # Shared by the members of a room, and with them what is pending.
         "outboxes": rooms * (limits["OUTBOX_BYTES"] + chat.PENDING_BYTES),
@@ -91,7 +91,7 @@ async def fill(options) -> None:
     worst = worst_case(rooms, 2 * rooms)
     for stage, text, count in (("i", "x", options.ids), ("h", "x" * 250, 16)):
         await asyncio.gather(*(say(peer, text, stage, count) for peer in speakers))
-        note({"i": "ids", "h": "histories"}[stage])
+    note("ids and histories")
     await asyncio.gather(*(listen(code) for code in codes))
     await asyncio.sleep(1)
     note("in flight")
