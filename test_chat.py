@@ -662,6 +662,7 @@ async def test_a_hole_in_the_history_is_never_silent(tab, join, monkeypatch):
     heard = await again.hears("missed 2")
     assert 'class="gap"' in heard
     assert "missed 0" not in heard
+    assert "joined" not in heard  # Bob has been shown that
     assert heard.index("gap") < heard.index("missed 1")
 
 
