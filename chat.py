@@ -27,7 +27,7 @@ The words:
     outbox   what one connection still has to be sent, in batches of frames; bounded, so that nobody
              waits for the slow
     hand-out to put into the outboxes all that is pending in a room
-    snapshot what a newcomer is given instead: all that its member has missed
+    snapshot what a newcomer, a connection just made, is given instead: all that its member missed
     token    signed proof of having been in a room; comes with the snapshot, is shown to come back
     evict    to end a connection that has missed something; its member comes back by itself, and
              resumes: is given what was said since the last entry that it has
@@ -629,7 +629,7 @@ async def take_in(frame: dict, code: str, outbox: Outbox) -> None:
             await asyncio.sleep(room.timer.when() - loop.time())
     async with turn(outbox.address):
         if outbox.hung_up:
-            return  # what was said will be said again on the next connection
+            return  # a message will be said again on the next connection
         if member:
             act(member, frame)
         else:
@@ -647,8 +647,10 @@ def hello(code: str, outbox: Outbox, frame: dict) -> None:
         case {"hello": {"token": str(token), "after": int(after)}}:
             try:
                 come_back(code, token, after, outbox)
-            except Close as close:  # full, or too many new rooms: that will pass
-                raise Close(1013, close.reason) if close.code in (1008, 4503) else close from None
+            except Close as close:
+                if close.code in (1008, 4503):  # full, or too many new rooms: that will pass
+                    raise Close(1013, close.reason) from None
+                raise
         case _:
             raise Close(1008, "The first frame has to be a hello.")
 
@@ -873,7 +875,7 @@ def make_way(newest: Outbox) -> None:
     else:
         return
     note(f"CHAT_{limit} is reached", newest.address)
-    silent = next(outbox for outbox in candidates if not outbox.member)
+    silent = next(outbox for outbox in candidates if not outbox.member)  # or else the newest
     del outboxes[silent]  # here, and not when it has gone: it is not to be found twice
     silent.hang_up(1013, why)
 
@@ -1105,9 +1107,7 @@ def main() -> None:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         both = host == "::" and socket.has_dualstack_ipv6()
-        listener = socket.create_server(
-            (host, port), family=family, backlog=1024, dualstack_ipv6=both
-        )
+        listener = socket.create_server((host, port), family=family, dualstack_ipv6=both)
     except (OSError, OverflowError) as why:
         reason = str(getattr(why, "strerror", why)).split(" (")[0]
         sys.exit(f"Cannot listen on {host}, port {port}: {reason}.")

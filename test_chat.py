@@ -215,9 +215,7 @@ async def test_a_room_that_nobody_enters_closes(client, monkeypatch):
     assert not chat.rooms
 
 
-async def test_when_all_rooms_are_taken_one_that_nobody_has_entered_makes_way(
-    tab, client, monkeypatch
-):
+async def test_when_rooms_are_full_one_that_nobody_has_entered_makes_way(tab, client, monkeypatch):
     monkeypatch.setitem(limits, "ROOMS", 2)
     await (await tab()).hello(name="Ann")
     for code in ("KWR4TN", "KWR4TM"):
@@ -847,9 +845,7 @@ async def test_to_open_a_room_again_counts_as_creating_one(tab, join, monkeypatc
 
 
 @pytest.mark.parametrize("frame", [{"leave": True}, {"lock": True}])
-async def test_after_a_restart_nobody_is_kept_out_by_who_is_back_first(
-    tab, join, monkeypatch, frame
-):
+async def test_who_is_back_first_keeps_nobody_out(tab, join, monkeypatch, frame):
     ann, bob = await join("Ann"), await join("Bob")
     chat.forget()
     monkeypatch.setattr(chat, "RUN", "another")
@@ -944,8 +940,13 @@ async def test_a_hand_out_that_fails_leaves_no_silent_hole(join, monkeypatch, ca
 async def test_a_heartbeat_that_fails_does_not_stop_the_heart(join, heart, monkeypatch):
     ann, bob = await join("Ann"), await join("Bob")
     send, broken = chat.send, chat.rooms["PARTY2"].members[bob.id].outbox
-    batch = [str(chat.fragments.beat())]
-    breaks = lambda outbox, sent: 1 / (outbox is not broken or sent != batch) and send(outbox, sent)
+    heartbeat = [str(chat.fragments.beat())]
+
+    def breaks(outbox, batch) -> None:
+        if outbox is broken and batch == heartbeat:
+            raise ZeroDivisionError
+        send(outbox, batch)
+
     monkeypatch.setattr(chat, "send", breaks)
     for _ in range(3):
         await ann.hears("#beat")
@@ -1104,9 +1105,7 @@ async def test_only_our_own_pages_may_connect(monkeypatch, origin, host, allowed
         (1, "127.0.0.1", "2001:db8:1:2::99", "2001:db8:1::/56"),
     ],
 )
-async def test_addresses_are_believed_only_from_our_own_proxies(
-    monkeypatch, proxies, peer, told, address
-):
+async def test_only_our_own_proxies_are_believed(monkeypatch, proxies, peer, told, address):
     monkeypatch.setitem(limits, "PROXIES", proxies)
     headers = {} if told is None else {"X-Forwarded-For": told}
     scope = {"client": (peer, 50_000)}
@@ -1298,9 +1297,7 @@ async def test_what_happens_often_is_logged_once_a_minute(client, monkeypatch, c
     assert not chat.noted
 
 
-async def test_an_error_on_a_page_is_a_page_and_logged_without_the_code(
-    client, monkeypatch, caplog
-):
+async def test_an_error_is_a_page_and_logged_without_the_code(client, monkeypatch, caplog):
     monkeypatch.setattr(chat, "find_room", lambda *_: 1 / 0)
     answer = await client.get("/r/KWR4TN")
     assert answer.status_code == 500
