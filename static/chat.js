@@ -113,7 +113,6 @@ function redial() {
 
 function closed(code, reason) {
   if (!chat.dataset.final.split(" ").includes(String(code))) return lost();
-  if (code === 1008 || code === 1009) takeBack(inFlight); // or it would be sent, and closed on, again
   const stranger = !me || (code === 4401 && !last); // the form, with the reason, is the way on
   if ([4401, 4403, 4404].includes(code)) store.set("me", (me = null));
   if (!stranger) return end(code, reason);
@@ -133,6 +132,7 @@ function end(code, reason) {
   $("why").textContent = ENDS[code] || reason || "The server has ended the connection.";
   const texts = [...unsent.map((message) => message.text), text.value];
   $("rest").value = texts.filter(Boolean).join("\n"); // to be copied: nothing else will become of it
+  if (code !== 4409) store.set("unsent", (unsent = []));
   $("again").textContent = code === 4409 ? "Go on here" : "Enter again";
   $(code === 4409 ? "again" : "save").focus(); // the box has gone, and the focus with it
 }
@@ -168,6 +168,7 @@ chat.addEventListener("htmx:before:swap", ({ detail }) => {
       else entry(node);
     }
   }
+  pump(); // only now: the echo of what we would send may have been in there
 });
 
 function welcome(them) {
@@ -178,7 +179,6 @@ function welcome(them) {
   if (!entered && !loaded) tell("Connected again.");
   if (entered || (loaded && KEYBOARD)) text.focus();
   showUnsent(); // anew, and so is the patience with which page.js waits for the echo
-  pump();
 }
 
 function entry(li) {
@@ -217,7 +217,6 @@ function settle(id) {
   unsent = unsent.filter((message) => message.id !== id);
   if (inFlight === id) inFlight = null;
   showUnsent();
-  pump();
 }
 
 // Put a message that was not wanted back into the box, to be changed.

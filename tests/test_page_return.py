@@ -2,7 +2,7 @@
 
 import asyncio
 
-from conftest import enters, messages, settings, shows, stop_the_clock, transcript, writes
+from conftest import agree, enters, messages, settings, shows, stop_the_clock, transcript, writes
 
 from bench.peer import Proxy
 
@@ -103,6 +103,18 @@ async def test_a_reload_keeps_the_room_the_talk_and_what_was_typed(join):
     assert await ann.locator("#log .mine").count() == 1
     assert await ann.evaluate("document.activeElement.id") == "text"  # writing goes on
     assert "left" not in await ann.inner_text("#log")
+
+
+async def test_what_was_given_back_when_leaving_is_not_sent_later(join, line):
+    ann, bob = await join("Ann", line), await join("Bob")
+    line.cut(up=False)
+    await writes(ann, "never to be said")
+    await ann.click("#leave")
+    assert await ann.input_value("#rest") == "never to be said"
+    line.cut(up=True)
+    await ann.click("text=Enter again")
+    await enters(ann, "Ann")
+    await agree(ann, bob)
 
 
 async def test_the_back_button_leads_back_into_the_talk(server, join):
