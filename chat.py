@@ -6,7 +6,7 @@
 #     "markupsafe==3.0.4", "segno==1.6.6",
 # ]
 # ///
-"""A room chat on WebSockets: rooms, fan-out, delivery and pages, all of it in this file.
+"""A room chat on WebSockets: rooms, fan-out, delivery and pages.
 
     pip install -r requirements.txt
     python chat.py                  # then open http://127.0.0.1:8000 in two tabs
@@ -24,14 +24,14 @@ The words:
     member   one tab in one room: here (has an outbox), reconnecting (has none) or left (forgotten)
     host     who has been in the room longest, in this run: can lock it, and remove somebody
     entry    a line of the log, message or notice; its seq is one more than that of the entry before
-    outbox   what one connection still has to be sent, in batches of frames; bounded, so that nobody
-             waits for the slow
-    hand-out to put into the outboxes all that is pending in a room
-    snapshot what a newcomer, a connection just made, is given instead: all that its member missed
-    token    signed proof of having been in a room; comes with the snapshot, is shown to come back
-    evict    to end a connection that has missed something; its member comes back by itself, and
-             resumes: is given what was said since the last entry that it has
     frame    what a WebSocket carries: JSON from the browser, fragments of HTML to it
+    outbox   what one connection still has to be sent, in batches (lists of fragments); bounded, so
+             that nobody waits for the slow
+    hand out to put all that is pending in a room into the outboxes of its members
+    snapshot what a member is given when it enters: what was handed out, and is remembered, since
+             the entry that it has seen last. To come back and be given that is to resume
+    token    signed proof of having been in a room; comes with the snapshot, is shown to come back
+    evict    to hang up on a member that is too slow; it comes back by itself, and resumes
 """
 
 import argparse
@@ -61,10 +61,11 @@ try:
     from hypercorn.asyncio import serve
     from hypercorn.config import Config
     from itsdangerous import BadSignature, URLSafeSerializer
-    from quart import Quart, has_request_context, redirect, render_template, request, websocket
+    from quart import Quart, has_websocket_context, redirect, render_template, request, websocket
     from werkzeug.exceptions import HTTPException, NotFound
 
     import guards
+    from guards import Allowance
 except ImportError as missing:  # a package, or in a package something that guards.py needs
     sys.exit(f"{missing.msg}. Install what is needed: pip install -r requirements.txt")
 
@@ -72,15 +73,15 @@ except ImportError as missing:  # a package, or in a package something that guar
 
 SETTINGS = {  # in the environment, as in CHAT_MEMBERS=40: the default, and what it limits
     "MESSAGE_LENGTH": (2_000, "characters of a message"),
-    "RATE": (2.0, "frames a second of one member, which are read later if there are more"),
+    "RATE": (2.0, "frames a second of one member; more are read later"),
     "BURST": (20, "frames at once; for this and the rate, each KiB of a frame counts as one more"),
-    "SHARE": (0.25, "seconds a second that one address may keep the server busy; then it waits"),
+    "SHARE": (0.25, "share of the server's time that one address may take; then it waits"),
     "MEMBERS": (250, "members of a room"),
     "SOCKETS": (2_000, "connections in all"),
-    "SOCKETS_PER_ADDRESS": (250, "connections, and joins in ten minutes, of one address"),
+    "SOCKETS_PER_ADDRESS": (250, "connections of one address, and joins in about ten minutes"),
     "ROOMS": (1_000, "rooms"),
     "NEW_ROOMS": (30, "rooms that one address can create at once, and again in ten minutes"),
-    "WRONG_CODES": (60, "wrong codes in ten minutes from one address"),
+    "WRONG_CODES": (60, "wrong codes from one address at once, and again in ten minutes"),
     "CODE_LENGTH": (6, "characters of a room code; 8 on the open internet"),
     "HISTORY": (200, "messages that a room remembers"),
     "HISTORY_BYTES": (65_536, "bytes that these may take"),
@@ -96,19 +97,19 @@ JOIN_DEADLINE = 10  # seconds to say a usable hello
 GRACE_CLOSED = 5  # seconds to come back after closing the page: a reload is no leaving
 UNENTERED = 600  # seconds that a room waits for its first member
 ALPHABET = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # of room codes, which are read out: no 0 O 1 I L
-ID = re.compile("[A-Za-z0-9_-]{1,64}")
+ID = re.compile("[A-Za-z0-9_-]{1,64}")  # of a message
+ONLY_HERE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])([:/]|$)")  # on this machine
 NOTICES_REMEMBERED = 30  # of a room
-IDS_REMEMBERED = 128  # of each member; our page has one unconfirmed at a time
-FRAME_SIZE = 16_384  # characters of a frame to one member, which nobody shares the memory of
-FRAME_SIZE_FOR_ALL = 131_072  # the same string for all: larger, because few large ones are fast
-FRAME_UNIT = 262_144  # a frame of so many characters takes twice as long to send as a short one
-OUTBOXES_AT_ONCE = 50  # to send to so many takes about 5 ms
-PRESENCES_PER_SECOND = 500  # names that one member is shown in lists of members
-PENDING_BYTES = 114_688  # while more waits in a room for its hand-out, its senders are not read
-CONNECTION = 0.0005  # seconds that to accept one takes, most of them in Hypercorn
+IDS_REMEMBERED = 128  # of each member's messages; our page waits for the echo of each
+FRAME_SIZE = 16_384  # characters of a frame of a snapshot; others are one string for all members
+DOUBLE_WORK = 262_144  # a frame of so many characters takes twice as long to send as a short one
+OUTBOXES_AT_ONCE = 50  # to send to so many takes about 2 ms
+PRESENCES_PER_SECOND = 500  # names in lists of members, shown to one member
+PENDING_BYTES = 114_688  # while more is pending in a room, what its members say has to wait
+HANDSHAKE = 0.0005  # seconds that one takes, most of them in Hypercorn
 
-# What they mean, and whether the page comes back by itself. For what is no WebSocket, wsproto adds
-# 1002 and 1007.
+# The codes with which connections end, what they mean, and whether the page comes back by itself.
+# For what is no WebSocket, wsproto adds 1002 and 1007.
 CLOSE_CODES = {
     1000: ("you left", "no"),
     1008: ("you broke a rule, the reason says which", "no"),
@@ -134,60 +135,33 @@ class Close(Exception):
 
 class Chat(Quart):
     async def handle_request(self, request):
-        """Answer a request, unless its address has kept us too busy: then later. See `turn`."""
+        """Answer a request, when it is the turn of its address."""
         async with turn(address_of(request)):
-            return await super().handle_request(request)
+            response = await super().handle_request(request)
+        response.headers.setdefault("Cache-Control", "no-store")
+        return response
 
 
 app = Chat(__name__, static_folder=None)
 app.url_map.merge_slashes = False  # or `//` would be answered with a redirect to any Host
-limits = app.config
+limits = {}  # the settings as they are (and NETWORK, see main)
 
+for name, (default, _) in SETTINGS.items():
+    kind, told = type(default), os.environ.get(f"CHAT_{name}", default)
+    try:
+        value = limits[name] = kind(told)
+    except ValueError:
+        value = math.nan  # which is not above 0
+    if kind is not str and value != default and not 0 < value < math.inf:
+        number = "a whole number" if kind is int else "a number"
+        print(f"CHAT_{name} has to be {number} above 0, not {told!r}.", file=sys.stderr)
+        sys.exit(2)  # systemd, too, is told by this that to try again does not help
+if 0 < len(limits["SECRET"]) < 16:
+    print("CHAT_SECRET has to have 16 characters or more, or it can be guessed.", file=sys.stderr)
+    sys.exit(2)
 
-def read_settings() -> None:
-    """Take the settings from the environment; ValueError says which of them cannot be."""
-    for name, (default, _) in SETTINGS.items():
-        told = os.environ.get(f"CHAT_{name}", default)
-        try:
-            limits[name] = type(default)(told)
-        except ValueError:
-            kind = "a whole number" if type(default) is int else "a number"
-            raise ValueError(f"CHAT_{name} has to be {kind}, not {told!r}.") from None
-        unset = limits[name] == default  # which may be 0, or empty
-        if not unset and type(default) is not str and not 0 < limits[name] < math.inf:
-            raise ValueError(f"CHAT_{name} has to be more than 0, not {told}.")
-    if 0 < len(limits["SECRET"]) < 16:
-        raise ValueError("CHAT_SECRET has to have 16 characters or more, or it can be guessed.")
-    limits["SECRET"] = limits["SECRET"] or secrets.token_hex()
-
-
-try:
-    read_settings()
-except ValueError as why:
-    print(why, file=sys.stderr)
-    sys.exit(2)  # systemd, too, is told by this that to try again does not help
-
-
-class Allowance:
-    """A token bucket: `burst` tokens at most, and `rate` new ones a second."""
-
-    def __init__(self, rate: float, burst: float):
-        self.rate, self.burst = rate, burst
-        self.tokens, self.checked = burst, time.monotonic()
-
-    def left(self) -> float:
-        now = time.monotonic()
-        self.tokens = min(self.burst, self.tokens + (now - self.checked) * self.rate)
-        self.checked = now
-        return self.tokens
-
-    def spend(self, tokens: float) -> None:
-        """Take tokens, also on credit: less than none is left then, until that is paid."""
-        self.tokens = self.left() - tokens
-
-    def until_paid(self) -> float:
-        """Return the seconds until nothing is on credit any more."""
-        return max(0, -self.left() / self.rate)
+LARGEST_FRAME = 8 * limits["MESSAGE_LENGTH"] + 384  # bytes; browsers need 6 for a character at most
+signer = URLSafeSerializer(limits["SECRET"] or secrets.token_hex(), salt="member")  # of tokens
 
 
 # ── State ── rooms and outboxes ──────────────────────────────────────────────────────────────────
@@ -196,24 +170,20 @@ class Allowance:
 class Outbox(asyncio.Queue):
     """What one connection still has to be sent, and what else we know of that connection.
 
-    In it are batches of frames, with their sizes, and in the end perhaps a Close.
+    In it are batches of fragments, with their sizes, and perhaps a Close: the end.
     """
 
     def __init__(self, address: str):
-        super().__init__()
+        super().__init__()  # without a bound of its own: send counts bytes
         self.address = address
+        self.member: Member | None = None  # set by enter
         self.bytes = 0  # of the batches that wait and are counted
-        self.allowance = Allowance(limits["RATE"], limits["BURST"])  # for frames from the browser
+        # A token bucket for frames from the browser; when it has entered, its member's.
+        self.allowance = Allowance(limits["RATE"], limits["BURST"])
+        self.deadline = time.monotonic() + JOIN_DEADLINE  # for a hello, then for each next frame
+        self.next_beat = later(min(limits["BEAT"], JOIN_DEADLINE), beat, self)  # ends it then
         self.grace = limits["GRACE"]  # seconds to come back if it ends now
         self.hung_up = False  # we have ended it, and do not act any more on what it says
-        self.member: Member | None = None  # set by enter
-        self.after: int | None = None  # of a newcomer: the number of the last entry that it has
-
-    def hang_up(self, code: int, reason: str) -> None:
-        """Have the relay end the connection, after what waits; the first reason counts."""
-        if not self.hung_up:
-            self.hung_up = True
-            self.put_nowait((Close(code, reason), 0))
 
 
 @dataclass(eq=False, slots=True)
@@ -225,19 +195,19 @@ class Member:
     hue: int  # of its name, 0 to 15: the least used in its room
     allowance: Allowance  # kept when it comes back, or to do so would refill it
     outbox: Outbox | None = None  # None while reconnecting
-    timer: asyncio.TimerHandle | None = None  # while reconnecting: when it will have left
+    leaving: asyncio.TimerHandle | None = None  # set when it is lost: it may come back until then
     posted: deque[int] = field(default_factory=lambda: deque(maxlen=IDS_REMEMBERED))  # hashed
 
 
 @dataclass(eq=False, slots=True)
 class Room:
     code: str
-    birth: int  # in milliseconds; stands in the tokens: later, the same code is another room
     creator: str  # address of who has opened it
-    start: int  # seq with which it began in this run
+    start: int  # seq with which it began; in its tokens, to tell it from later rooms of this code
     seq: int  # of the latest entry
-    forgotten: int  # all messages after this seq are in the history
-    unentered: asyncio.TimerHandle | None = None  # closes the room unless somebody enters
+    handed_out: int  # seq of the latest entry that is not pending
+    forgotten: int  # seq of the latest message that the history has dropped
+    unentered: asyncio.TimerHandle | None = None  # set at once: closes it if nobody enters
     members: dict[str, Member] = field(default_factory=dict)  # the first is the host
     history: deque[tuple[int, str]] = field(default_factory=deque)  # messages with their seqs
     history_bytes: int = 0
@@ -246,21 +216,19 @@ class Room:
         default_factory=lambda: deque(maxlen=NOTICES_REMEMBERED)
     )
     pending: list[str] = field(default_factory=list)  # fragments that are in no outbox yet
-    pending_bytes: int = 0  # of the entries among them
-    typing: set[Member] = field(default_factory=set)  # since the last hand-out
-    timer: asyncio.TimerHandle | None = None  # of hand_out, or of deliver's next slice; None: idle
+    pending_bytes: int = 0
+    timer: asyncio.TimerHandle | None = None  # of hand_out, or of its part deliver; None: idle
     presence: asyncio.TimerHandle | None = None  # of the list of members, if that has changed
     locked: bool = False
     removed: set[str] = field(default_factory=set)  # ids of members who may not come back
 
 
 rooms: dict[str, Room] = {}
-outboxes: dict[Outbox, None] = {}  # of all connections but those that made way, oldest first
-closed: deque[str] = deque(maxlen=1_000)  # codes of the rooms that have closed, the latest last
-RUN = secrets.token_hex(4)  # this run of the program; a token that names another is older
-runs: dict[str, float] = {}  # the other ones, and when we saw a token of theirs first
+outboxes: dict[Outbox, None] = {}  # of all connections, oldest first; see make_way
+RUN = secrets.token_hex(4)  # names this run of the program, in its tokens
+other_runs: dict[str, float] = {}  # whose tokens came, for rooms that are gone, and since when
 stopping = asyncio.Event()
-RESTART = "The server restarts."
+RESTART, REMOVED = "The server restarts.", "The host has removed you from this room."
 
 log = logging.getLogger("chat")  # no message, name, code or token
 noted: Counter[str] = Counter()  # what has happened in the last minute, and how often
@@ -279,132 +247,88 @@ def later(seconds: float, call, *arguments) -> asyncio.TimerHandle:
 # functions have none, so each of them happens as a whole, and none of them needs a lock.
 
 
-def post(room: Room, fragment, **values) -> None:
+def post(room: Room, macro, **values) -> None:
     """Give an entry the room's next number, render it once for everybody, and have it sent."""
     room.seq += 1
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    entry = str(fragment(seq=room.seq, time=now, **values))
-    size = sys.getsizeof(entry)
-    if fragment is fragments.notice:
+    entry = str(macro(seq=room.seq, time=now, **values))
+    if macro is fragments.notice:
         room.notices.append((room.seq, entry))
     else:
         room.history.append((room.seq, entry))
-        room.history_bytes += size
+        room.history_bytes += sys.getsizeof(entry)
         while len(room.history) > limits["HISTORY"] or (
             room.history_bytes > limits["HISTORY_BYTES"] and len(room.history) > 1
         ):
-            room.forgotten, oldest = room.history.popleft()
-            room.history_bytes -= sys.getsizeof(oldest)
-    room.pending.append(entry)
-    room.pending_bytes += size
-    wake(room)
+            room.forgotten, dropped = room.history.popleft()
+            room.history_bytes -= sys.getsizeof(dropped)
+    wake(room, entry)
 
 
-def wake(room: Room) -> None:
-    """Have a hand-out soon: if the room rests, its timer will do it; if not, the loop's next turn.
+def wake(room: Room, fragment: str) -> None:
+    """Have a fragment handed out: after the room's rest or, if it is idle, in the loop's next turn.
 
     Not at once, so that ten messages that arrive together go out together.
     """
+    room.pending.append(fragment)
+    room.pending_bytes += sys.getsizeof(fragment)
     if not room.timer:
         room.timer = later(0, hand_out, room)
 
 
 def hand_out(room: Room) -> None:
-    """Give newcomers snapshots, and the others what is pending; rest for as long as that takes.
+    """Put all that is pending into the members' outboxes; then rest while that is being sent.
 
-    An idle room thus sends in the loop's next turn. A busy one sends fewer and larger frames instead
-    of falling behind, because a frame costs a wake-up and a system call, however little is in it.
+    An idle room thus sends in the loop's next turn. A busy one sends fewer and larger frames, so that
+    it does not fall behind: a frame costs a wake-up and a system call, however little is in it.
     """
+    frame = "".join(room.pending)
+    room.pending, room.pending_bytes = [], 0
+    room.handed_out = room.seq
     room.timer = None
-    news, room.pending, room.pending_bytes = room.pending, [], 0
-    typing, room.typing = list(room.typing)[:4], set()  # four are a crowd
+    if not frame:
+        return
     connected = [member.outbox for member in room.members.values() if member.outbox]
-    newcomers = [outbox for outbox in connected if outbox.after is not None]
-    here = [outbox for outbox in connected if outbox.after is None]
-    try:
-        if newcomers:  # the news is for those who were here: these find it in their snapshot
-            give_snapshots(room, newcomers[:OUTBOXES_AT_ONCE])
-        if typing:  # news for a moment only: neither numbered nor remembered
-            news.append(str(fragments.typing(typing)))
-        if batch := list(in_frames(news, FRAME_SIZE_FOR_ALL)):
-            work = sum(1 + len(frame) / FRAME_UNIT for frame in batch) * len(here)
-            deliver(room, batch, here, time.monotonic() + work / limits["FRAMES_PER_SECOND"])
-    except Exception:  # some may have it now, and others not: all of them resume
-        log.exception("A hand-out failed")
-        for outbox in connected:
-            evict(outbox, "The server has made a mistake. Come back and resume.")
-    if newcomers[OUTBOXES_AT_ONCE:]:
-        wake(room)
+    work = len(connected) * (1 + len(frame) / DOUBLE_WORK)  # in short frames
+    deliver(room, frame, connected, time.monotonic() + work / limits["FRAMES_PER_SECOND"])
 
 
-def in_frames(strings: list[str], most: int) -> Iterator[str]:
-    """Join strings to frames of at most so many characters, unless a single one has more."""
-    frame = ""
-    for string in strings:
-        if frame and len(frame) + len(string) > most:
-            yield frame
-            frame = ""
-        frame += string
-    if frame:
-        yield frame
-
-
-def give_snapshots(room: Room, newcomers: list[Outbox]) -> None:
-    """Give newcomers what was said since the last entry that they have; 0: all that is remembered.
-
-    While this runs nothing is pending: what was said until now is in the history, and what is said
-    from now on comes with the next hand-out. With an await in here, an entry of that moment could
-    come twice, or before older ones.
-    """
-    entries = sorted([*room.history, *room.notices])
-    for outbox in newcomers:
-        after, outbox.after = outbox.after, None
-        member = outbox.member
-        token = signer().dumps([room.code, room.birth, RUN, member.id, member.name])
-        # Some of it is forgotten, or the number is none of ours: all that there is, behind a line.
-        hole = after != 0 and not room.forgotten <= after <= room.seq
-        gap = [str(fragments.gap(room.forgotten, after < room.start))] if hole else []
-        since = room.forgotten if hole else after
-        missed = [entry for seq, entry in entries if seq > since]
-        snapshot = in_frames([str(fragments.welcome(member, token)), *gap, *missed], FRAME_SIZE)
-        outbox.put_nowait((list(snapshot), 0))  # uncounted, or a long history would evict them
-    show_presence(room)
-
-
-def signer() -> URLSafeSerializer:
-    return URLSafeSerializer(limits["SECRET"], salt="member")
-
-
-def deliver(room: Room, batch: list[str], receivers: list[Outbox], rest_until: float) -> None:
-    """Put a batch into outboxes, a few in each turn of the loop, so that other rooms get theirs."""
+def deliver(room: Room, frame: str, receivers: list[Outbox], rest_until: float) -> None:
+    """Put a frame into outboxes, a few in each turn of the loop: other rooms come in between."""
     first, others = receivers[:OUTBOXES_AT_ONCE], receivers[OUTBOXES_AT_ONCE:]
     if others:
-        room.timer = later(0, deliver, room, batch, others, rest_until)
+        room.timer = later(0, deliver, room, frame, others, rest_until)
     else:
         room.timer = later(rest_until - time.monotonic(), hand_out, room)
-    for outbox in first:
-        send(outbox, batch)
+    try:
+        for outbox in first:
+            send(outbox, [frame])
+    except Exception:  # some may have it now, and others not: all of them resume
+        log.exception("A hand-out failed")
+        for outbox in first:
+            hang_up(outbox, 1013, "The server has made a mistake. Come back and resume.")
 
 
 def send(outbox: Outbox, batch: list[str]) -> None:
-    """Put a batch of frames into an outbox; if that is full, evict its member rather than wait.
+    """Put a batch into an outbox; if that is full, evict its member rather than wait.
 
     Waiting would make the room as slow as its slowest member, and without a bound one dead phone
-    would eat the memory. Where nothing waits any batch goes in, or a large one never could.
+    would eat the memory. Where nothing waits, any batch goes in, or a large one never could.
     """
     size = sum(map(sys.getsizeof, batch))
     if outbox.bytes and outbox.bytes + size > limits["OUTBOX_BYTES"]:
-        return evict(outbox, "You were too slow. Come back and resume.")
+        while not outbox.empty():
+            outbox.get_nowait()  # it will be given that again
+        return hang_up(outbox, 1013, "You were too slow. Come back and resume.")
     outbox.bytes += size
     outbox.put_nowait((batch, size))
 
 
-def evict(outbox: Outbox, why: str) -> None:
-    """End a connection that has missed something; its member comes back, and resumes."""
+def hang_up(outbox: Outbox, code: int, reason: str) -> None:
+    """Have the relay end a connection, after what waits; the first reason counts."""
     if not outbox.hung_up:
-        while not outbox.empty():  # it will be given that again, when it resumes
-            outbox.get_nowait()
-        outbox.hang_up(1013, why)
+        outbox.hung_up = True
+        outbox.put_nowait((Close(code, reason), 0))
         lose(outbox)
 
 
@@ -416,23 +340,20 @@ def show_presence(room: Room) -> None:
 
 def add_presence(room: Room) -> None:
     room.presence = None
-    room.pending.append(str(fragments.presence(room)))
-    wake(room)
+    wake(room, str(fragments.presence(room)))
 
 
 # ── Coming and going ─────────────────────────────────────────────────────────────────────────────
 
 
-def create_room(code: str, address: str = "", birth: int = 0) -> Room:
-    """Open a room for an address, or return the one that is there, for a class or a double click.
+def create_room(code: str, address: str = "") -> Room:
+    """Open a room for an address, or return the one that is there (a double click, a school class).
 
     Close: 1008 if the address has opened too many, even if the room is there, or it could find out
-    in this way which codes are taken; 4503 if there are too many rooms. A room that was born in
-    another run is opened again. Its numbers start from the clock, in milliseconds, and thus above its
-    old ones, so that an old number is never mistaken for a new one.
+    in this way which codes are taken; 4503 if there are too many rooms.
     """
     why = "Your network has created many rooms. Wait a minute, and try again."
-    check("NEW_ROOMS", address, why)
+    charge(0 if code in rooms else 1, "NEW_ROOMS", address, Close(1008, why))
     if code in rooms:
         return rooms[code]
     if len(rooms) >= limits["ROOMS"]:  # the oldest that nobody has entered makes way
@@ -440,55 +361,76 @@ def create_room(code: str, address: str = "", birth: int = 0) -> Room:
         if not empty:
             raise Close(4503, "There are too many rooms. Try again later.")
         close_room(empty)
-    allowance("NEW_ROOMS", address).spend(1)
+    # Numbers start from the clock, in milliseconds: a room that is opened again after a restart
+    # begins above its old ones, so that an old number is not mistaken for a new one.
     now = time.time_ns() // 1_000_000
-    room = rooms[code] = Room(code, birth or now, address, start=now, seq=now, forgotten=now)
+    room = rooms[code] = Room(code, address, start=now, seq=now, handed_out=now, forgotten=now)
     room.unentered = later(UNENTERED, close_room, room)
     return room
 
 
 def close_room(room: Room) -> None:
+    """Forget a room without members."""
     for timer in (room.unentered, room.timer, room.presence):
         if timer:
             timer.cancel()
-    room.timer = None  # or who is in take_in would wait for a hand-out that never comes
+    room.timer = None  # or turn(), which waits while much is pending, would wait for ever
     del rooms[room.code]
-    closed.append(room.code)
 
 
 def enter(member: Member, outbox: Outbox, after: int) -> None:
-    """Connect a member, which is to be given what was said since the entry `after`."""
+    """Connect a member, and give it what was said since the entry `after`; 0: all we remember.
+
+    Snapshot and subscription are one step: what has been handed out is in the snapshot, and what is
+    pending comes with the next hand-out. With an await in here, an entry of that moment could be
+    in both, or in neither.
+    """
     room = member.room
     room.unentered.cancel()
-    if member.timer:
-        member.timer.cancel()
     if member.outbox:
-        member.outbox.hang_up(4409, "You opened this chat in another tab.")
+        hang_up(member.outbox, 4409, "You opened this chat in another tab.")
+    if member.leaving:  # set by lose: just now, by hang_up, or before
+        member.leaving.cancel()
     room.members[member.id] = member
     member.outbox, member.address = outbox, outbox.address
-    outbox.member, outbox.after, outbox.allowance = member, after, member.allowance
-    wake(room)
+    outbox.member, outbox.allowance = member, member.allowance
+    outbox.put_nowait((snapshot(member, after), 0))  # uncounted, or a long one would evict it
+    show_presence(room)
+
+
+def snapshot(member: Member, after: int) -> list[str]:
+    """Return a welcome, and what was handed out after this entry; what is missing has a line."""
+    room = member.room
+    token = signer.dumps([room.code, room.start, RUN, member.id, member.name])
+    # No message after this one is missing: the history has it, or it is pending (and was so much
+    # that the history has already dropped some of it).
+    complete = min(room.forgotten, room.handed_out)
+    since, gap = after, []
+    if after and not complete <= after <= room.handed_out:  # missed some, or is of another run
+        since, gap = complete, [str(fragments.gap(complete, restarted=after < room.start))]
+    entries = sorted([*room.history, *room.notices])
+    missed = [entry for seq, entry in entries if since < seq <= room.handed_out]
+    return [str(fragments.welcome(member, token)), *gap, *missed]
 
 
 def lose(outbox: Outbox) -> None:
-    """Note that a connection has ended: its member leaves, unless it is back within the grace."""
+    """Note that a connection ends: its member leaves, unless it is back within the grace."""
     member = outbox.member
     if not member or member.outbox is not outbox:
-        return  # never joined, or has another connection by now
+        return  # never joined, is lost already, or has another connection by now
     member.outbox = None
     if outbox.grace:
-        member.timer = later(outbox.grace, leave, member, "left")
+        member.leaving = later(outbox.grace, leave, member, "left")
         show_presence(member.room)
     else:
         leave(member, "left")
 
 
 def leave(member: Member, what: str) -> None:
-    """Take a member out of its room, and forget the room with the last one."""
+    """Take a member out of its room, and close the room after the last one."""
     room = member.room
-    if member.timer:
-        member.timer.cancel()
-    room.typing.discard(member)
+    if member.leaving:
+        member.leaving.cancel()
     del room.members[member.id]
     if not room.members:
         return close_room(room)
@@ -505,20 +447,24 @@ async def connection(code: str):
 
     In a TaskGroup, in which an exception of the one ends the other: a member that can still hear
     but no longer speak is worse than one that is gone. We end it by raising Close in one of them;
-    if the browser ends it, or the network does, Quart cancels this, and both with it.
+    if the browser ends it, Quart cancels this, and both with it.
     """
     ws = websocket._get_current_object()  # what `websocket` stands for, looked up once
-    outbox = Outbox(address_of(ws))
-    async with turn(outbox.address, CONNECTION):
-        if not same_origin():
-            note("CHAT_ORIGINS: a page of another site has tried to connect")
-            return "This page may not connect here.", 403
-        await ws.accept()  # also those turned away below: browsers show only the code of a close
+    address = address_of(ws)
+    async with turn(address, already=HANDSHAKE):  # the handshake counts as its work
+        ours = same_origin()
+    if not ours:
+        note("CHAT_ORIGINS: a page of another site has tried to connect")
+        return "This page may not connect here.", 403
+    await (
+        ws.accept()
+    )  # even to turn it away below: browsers tell a page no code but that of a close
     end = Close(1011, "The server has made a mistake.")
+    outbox = Outbox(address)
     outboxes[outbox] = None
-    make_way(outbox)
+    make_way(outbox)  # if it is one too many
     if stopping.is_set():
-        outbox.hang_up(1012, RESTART)
+        hang_up(outbox, 1012, RESTART)
     try:
         async with asyncio.TaskGroup() as both:
             both.create_task(relay(outbox, ws))
@@ -527,7 +473,7 @@ async def connection(code: str):
         end = closes.exceptions[0]
         note(f"Closed with {end.code}: {end.reason}")
     except* OSError:
-        pass  # the network has given up
+        pass
     except* Exception as errors:
         log.error("A connection failed", exc_info=errors)
     finally:
@@ -536,20 +482,19 @@ async def connection(code: str):
                 # Always with a code: without, it would be 1000, and nobody would come back.
                 await ws.close(end.code, end.reason)
         finally:
+            outbox.next_beat.cancel()
             outboxes.pop(outbox, None)
 
 
 def same_origin() -> bool:
     """Whether the page that opens this WebSocket is ours, or listed in CHAT_ORIGINS.
 
-    Without, every page on the internet could do so from its visitors' browsers. A page cannot
+    Without this, every page on the internet could do so from its visitors' browsers. A page cannot
     choose its Origin; a program has to send one, too.
     """
-    allowed = limits["ORIGINS"].replace(",", " ").split()
-    if host := websocket.headers.get("Host"):
-        allowed.append(f"{guards.scheme(websocket, limits['PROXIES'])}://{host}")
-    origin = guards.plain_origin(websocket.headers.get("Origin", ""))
-    return origin in map(guards.plain_origin, allowed)
+    allowed = limits["ORIGINS"].lower().replace(",", " ").split()
+    allowed.append(guards.site(websocket, limits["PROXIES"]))
+    return websocket.headers.get("Origin", "").lower() in allowed
 
 
 async def relay(outbox: Outbox, ws) -> None:
@@ -559,27 +504,60 @@ async def relay(outbox: Outbox, ws) -> None:
         outbox.bytes -= size
         if isinstance(batch, Close):
             raise batch
-        for frame in batch:
+        for frame in in_frames(batch):
             await ws.send(frame)
         batch = frame = None  # or an idle relay keeps them: half a gigabyte with 1,000 members
 
 
+def in_frames(batch: list[str]) -> Iterator[str]:
+    """Join fragments to frames of at most FRAME_SIZE, unless a single one is larger."""
+    frame = ""
+    for fragment in batch:
+        if frame and len(frame) + len(fragment) > FRAME_SIZE:
+            yield frame
+            frame = ""
+        frame += fragment
+    yield frame
+
+
+def beat(outbox: Outbox) -> None:
+    """Send a heartbeat, which a silent page answers; hang up on who has been silent for too long.
+
+    It lets a browser tell an idle room from a dead line. The server sets the pace, because the
+    timers of a hidden tab are slow.
+    """
+    left = outbox.deadline - time.monotonic()
+    if left <= 0:
+        return hang_up(outbox, 1013, "You were silent for too long. Come back.")
+    outbox.next_beat = later(min(limits["BEAT"], left), beat, outbox)
+    send(outbox, [str(fragments.beat())])
+
+
 async def receive(code: str, outbox: Outbox, ws) -> None:
-    """Take in frame after frame: a hello, then the rest, until the connection ends."""
-    loop = asyncio.get_running_loop()
+    """Take in frame after frame, a hello first, until the connection ends.
+
+    Who sends too much is not told so, but read more slowly: what we do not read fills the buffers
+    on the way, and then TCP has the sender wait. That is backpressure.
+    """
     try:
-        async with asyncio.timeout(JOIN_DEADLINE) as deadline:
-            while True:
-                raw = await ws.receive()
-                if outbox.member:
-                    deadline.reschedule(None)  # from here on it is we who are slow
-                await take_in(parse(raw, outbox.allowance), code, outbox)
-                raw = None  # as in relay
-                if outbox.member:
-                    deadline.reschedule(loop.time() + 2.5 * limits["BEAT"])
-    except TimeoutError:
-        raise Close(1013, "You were silent for too long. Come back.") from None
-    except Close:  # who has left, or has broken a rule, does not come back
+        while True:
+            frame = parse(await ws.receive(), outbox.allowance)
+            deadline = outbox.deadline  # before it has joined: one for all its hellos
+            outbox.deadline = math.inf  # from here on it is we who are slow
+            if wait := outbox.allowance.until_paid():
+                await asyncio.sleep(wait)
+            async with turn(outbox.address, outbox.member and outbox.member.room):
+                if outbox.hung_up:
+                    pass  # the page says it again on its next connection
+                elif outbox.member:
+                    act(outbox.member, frame)
+                else:
+                    hello(code, outbox, frame)
+            frame = None  # as in relay
+            if outbox.member:
+                deadline = time.monotonic() + 2.5 * limits["BEAT"]
+            outbox.deadline = deadline
+    except Close:  # a member that has left, or has broken a rule, does not come back
         outbox.grace = 0
         raise
     finally:
@@ -587,14 +565,14 @@ async def receive(code: str, outbox: Outbox, ws) -> None:
 
 
 def parse(raw, allowance: Allowance) -> dict:
-    """Return a frame, an object with one verb; Close 1008 or 1009 if it is anything else."""
-    if isinstance(raw, guards.Violation):
+    """Return a frame, an object with one verb, perhaps with an id; else Close 1008 or 1009."""
+    if isinstance(raw, tuple):  # guards.py has seen that a rule is broken
         raise Close(*raw)
     if not isinstance(raw, str):
         raise Close(1008, "A frame has to be text.")
     size = len(raw.encode())
-    if size > largest_frame():
-        raise Close(1009, f"A frame has at most {largest_frame()} bytes.")
+    if size > LARGEST_FRAME:
+        raise Close(1009, f"A frame has at most {LARGEST_FRAME} bytes.")
     allowance.spend(1 + size // 1024)
     try:
         frame = json.loads(raw)
@@ -607,66 +585,31 @@ def parse(raw, allowance: Allowance) -> dict:
     return frame
 
 
-def largest_frame() -> int:
-    """Return how many bytes a frame may have; of a character browsers make six at most."""
-    return 8 * limits["MESSAGE_LENGTH"] + 384
-
-
-async def take_in(frame: dict, code: str, outbox: Outbox) -> None:
-    """Act on a frame, when its sender, its room and its address have not been too busy.
-
-    Who sends too much is not told so, but read more slowly: what we do not read fills the buffers
-    on the way, and then TCP has the sender wait. That is backpressure.
-    """
-    grace = limits["GRACE"]
-    outbox.grace = min(grace, GRACE_CLOSED) if "bye" in frame else grace
-    if wait := outbox.allowance.until_paid():
-        await asyncio.sleep(wait)
-    if member := outbox.member:
-        room, loop = member.room, asyncio.get_running_loop()
-        # Its snapshot comes first, or an answer could be there before what it is an answer to.
-        while room.timer and (room.pending_bytes > PENDING_BYTES or outbox.after is not None):
-            await asyncio.sleep(room.timer.when() - loop.time())
-    async with turn(outbox.address):
-        if outbox.hung_up:
-            return  # a message will be said again on the next connection
-        if member:
-            act(member, frame)
-        else:
-            hello(code, outbox, frame)
-
-
 def hello(code: str, outbox: Outbox, frame: dict) -> None:
-    """Let somebody in; or say what is wrong with the name, so that there can be another hello."""
+    """Let somebody in. Close: 1008 if this is no hello, and as join and come_back."""
     match frame:
         case {"hello": {"name": str(name)}}:
-            try:
-                join(code, name, outbox)
-            except ValueError as why:
-                send(outbox, [str(fragments.unusable(why))])
+            join(code, name, outbox)
         case {"hello": {"token": str(token), "after": int(after)}}:
-            try:
-                come_back(code, token, after, outbox)
-            except Close as close:
-                if close.code in (1008, 4503):  # full, or too many new rooms: that will pass
-                    raise Close(1013, close.reason) from None
-                raise
+            come_back(code, token, after, outbox)
         case _:
             raise Close(1008, "The first frame has to be a hello.")
 
 
 def act(member: Member, frame: dict) -> None:
     """Do what a member says; Close 1000 if it leaves, 1008 if that is nothing that it may say."""
-    room = member.room
-    host = next(iter(room.members.values())) is member
+    room, outbox = member.room, member.outbox
+    host = member is next(iter(room.members.values()))  # the first of them
+    outbox.grace = limits["GRACE"]  # and no longer that of a bye
     match frame:
         case {"say": str(text), "id": str(id)} if ID.fullmatch(id):
             say(member, id, text)
         case {"typing": True}:
-            room.typing.add(member)
-            wake(room)
-        case {"here": int()} | {"bye": True}:
-            pass  # that it came is enough; for bye, see take_in
+            wake(room, str(fragments.typing(member)))  # neither numbered nor remembered
+        case {"here": int()}:
+            pass  # that it came is enough
+        case {"bye": True}:  # the page is closed, or reloaded
+            outbox.grace = min(limits["GRACE"], GRACE_CLOSED)
         case {"leave": True}:
             raise Close(1000, "You left the room.")
         case {"lock": bool(locked)} if host:
@@ -674,9 +617,10 @@ def act(member: Member, frame: dict) -> None:
             what = "locked the room" if locked else "unlocked the room"
             post(room, fragments.notice, name=member.name, what=what)
             show_presence(room)
-        case {"remove": str(id)} if host:
-            if somebody := room.members.get(id):
-                remove(somebody)
+        case {"remove": str(id)} if host and id in room.members:
+            remove(room.members[id])
+        case {"lock": bool()} | {"remove": str()}:
+            pass  # from who is host no more, or about somebody who has just left
         case _:
             raise Close(1008, "That is not a frame of this chat.")
 
@@ -685,13 +629,16 @@ def say(member: Member, id: str, text: str) -> None:
     """Post what a member says, once; or tell it that this had been posted, or why it cannot be."""
     key = hash(id)  # smaller to remember
     if key in member.posted:  # sent again, because the echo had not reached it
-        return send(member.outbox, [str(fragments.verdict(id, "confirmed", ""))])
+        mark = f'data-from="{member.id}" data-id="{id}"'
+        if not any(mark in entry for entry in member.room.pending):  # else its echo is to come
+            send(member.outbox, [str(fragments.verdict(id, "confirmed", ""))])
+        return
     text = guards.clean(text)
     if not text.strip() or len(text) > limits["MESSAGE_LENGTH"]:
         why = f"A message has 1 to {limits['MESSAGE_LENGTH']} characters."
         return send(member.outbox, [str(fragments.verdict(id, "refused", why))])
-    member.room.typing.discard(member)
-    post(member.room, fragments.message, member=member, id=id, pieces=guards.pieces(text))
+    pieces = guards.PIECES.split(text, maxsplit=50)  # text, code or a link, text, and so on
+    post(member.room, fragments.message, member=member, id=id, pieces=pieces)
     member.posted.append(key)
 
 
@@ -699,8 +646,7 @@ def remove(member: Member) -> None:
     """Have a member leave because the host wants it so. Its token is good no more, in this run."""
     member.room.removed.add(member.id)
     if member.outbox:
-        member.outbox.hang_up(4403, "The host has removed you from this room.")
-        member.outbox = None
+        hang_up(member.outbox, 4403, REMOVED)
     leave(member, "was removed")
 
 
@@ -708,12 +654,14 @@ def remove(member: Member) -> None:
 
 
 def join(code: str, raw_name: str, outbox: Outbox) -> None:
-    """Let somebody new into a room.
+    """Let somebody new into a room, or say what is wrong with the name: there can be another hello.
 
-    ValueError says why a name cannot be used. Close: 1008 too many wrong codes, 4404 no such room,
-    4403 locked, 4503 full, or too many have joined.
+    Close: 4404 no such room, 1008 too many wrong codes, and as add_member.
     """
-    name = guards.usable_name(raw_name)
+    try:
+        name = guards.usable_name(raw_name)
+    except ValueError as why:
+        return send(outbox, [str(fragments.unusable(why))])
     room = find_room(code, outbox.address)
     if not room:
         raise Close(4404, "There is no such room, or it has closed.")
@@ -723,29 +671,33 @@ def join(code: str, raw_name: str, outbox: Outbox) -> None:
 def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
     """Let somebody in who was in a room before, even before a restart, and resume.
 
-    Close: 4401 not a token of this room, 4404 closed, 4403 removed, and as create_room, add_member.
+    Close: 4401 not a token of this room, 4404 closed, 4403 removed or locked, 1013 a limit.
     """
     try:
-        home, birth, run, id, name = signer().loads(token)
+        of_code, start, run, id, name = signer.loads(token)
     except (BadSignature, TypeError, ValueError):
-        home = None  # forged, or signed with the secret of another start
+        of_code = None  # forged, or signed with the secret of another start
     room = rooms.get(code)
-    if home != code or (room and room.birth != birth):
+    # Neither of another room, nor of an earlier one with this code.
+    if of_code != code or (room and run == RUN and start != room.start):
         raise Close(4401, "You were not in this room. Give your name again.")
-    # For a while after the first token of another run: that run's rooms are opened again.
-    now = time.monotonic()
-    first_seen = now if run == RUN else runs.setdefault(run, now)
-    restarted = run != RUN and now - first_seen < limits["GRACE"]
-    if not room:
-        if not restarted:
-            raise Close(4404, "This room has closed.")
-        room = create_room(code, outbox.address, birth)
-    if id in room.removed:
-        raise Close(4403, "The host has removed you from this room.")
-    if member := room.members.get(id):
-        enter(member, outbox, after)
-    else:
-        add_member(room, id, name, outbox, after, restarted)
+    # For a while after the first token of another run, that run's rooms are opened again.
+    now = time.time()
+    since = room.start / 1000 if room else other_runs.setdefault(run, now)  # a start is in ms
+    restarted = run != RUN and now - since < limits["GRACE"]
+    if not room and not restarted:
+        raise Close(4404, "This room has closed.")
+    try:
+        room = room or create_room(code, outbox.address)
+        if id in room.removed:
+            raise Close(4403, REMOVED)
+        if member := room.members.get(id):
+            enter(member, outbox, after)
+        else:
+            add_member(room, id, name, outbox, after, restarted)
+    except Close as close:
+        # What is full, or has been reached, will not be so for long: worth another try.
+        raise Close(1013 if close.code in (1008, 4503) else close.code, close.reason) from None
 
 
 def add_member(room: Room, id: str, name: str, outbox: Outbox, after=0, restarted=False) -> None:
@@ -754,25 +706,25 @@ def add_member(room: Room, id: str, name: str, outbox: Outbox, after=0, restarte
     Close: 4403 the room is locked, 4503 it or the server is full, or too many have joined.
     Who was here before a restart enters without a notice, and even if the room is locked again.
     """
-    others = list(room.members.values())
     if room.locked and not restarted:
         raise Close(4403, "This room is locked: nobody new comes in.")
+    others = list(room.members.values())
+    lost = [member for member in others if not member.outbox]
+    if len(others) - len(lost) >= limits["MEMBERS"]:
+        raise Close(4503, "This room is full.")
     # Lost ones count, too, or to say hello and hang up, a thousand times, would fill the server.
     if sum(len(each.members) for each in rooms.values()) >= 2 * limits["SOCKETS"]:
         raise Close(4503, "This server is full. Try again later.")
-    if sum(member.outbox is not None for member in others) >= limits["MEMBERS"]:
-        raise Close(4503, "This room is full.")
     why = "Too many have joined from your network. Try again in a few minutes."
-    check("SOCKETS_PER_ADDRESS", outbox.address, why, code=4503)
-    allowance("SOCKETS_PER_ADDRESS", outbox.address).spend(1)
+    charge(1, "SOCKETS_PER_ADDRESS", outbox.address, Close(4503, why))
     name = guards.unlike_others(name, [member.name for member in others])
     hues = [member.hue for member in others]
     hue = min(range(16), key=hues.count)
     if not restarted:
         post(room, fragments.notice, name=name, what="joined")
     enter(Member(room, id, name, outbox.address, hue, outbox.allowance), outbox, after)
-    if len(room.members) > limits["MEMBERS"]:  # who is lost makes way for who is here
-        leave(next(member for member in others if not member.outbox), "left")
+    if len(room.members) > limits["MEMBERS"]:  # then somebody is lost, and makes way
+        leave(lost[0], "left")
 
 
 # ── Strangers ────────────────────────────────────────────────────────────────────────────────────
@@ -787,77 +739,65 @@ def address_of(client) -> str:
     return guards.address(client, limits["PROXIES"])
 
 
-class Share(Allowance):
-    """The seconds for which an address may keep us busy, WebSockets and HTTP together.
-
-    And in one turn of the event loop nothing more is begun after a slice of that, so that others
-    come in between.
-    """
-
-    def __init__(self, rate: float):
-        super().__init__(rate, burst=10 * rate)
-        self.slice = rate / 125  # 2 ms, if a second has 0.25
-        self.in_this_turn = 0.0
-        self.line = asyncio.Lock()  # who has to wait waits in line, and only the first checks again
-
-    def use(self, seconds: float) -> None:
-        self.spend(seconds)
-        if not self.in_this_turn:
-            later(0, self.begin_turn)
-        self.in_this_turn += seconds
-
-    def begin_turn(self) -> None:
-        self.in_this_turn = 0.0
-
-
 @lru_cache(10_000)
-def share_of(address: str) -> Share:
-    return Share(limits["SHARE"])
+def share_of(address: str) -> tuple[Allowance, asyncio.Lock]:
+    return Allowance(limits["SHARE"], 10 * limits["SHARE"]), asyncio.Lock()
 
 
 @asynccontextmanager
-async def turn(address: str, besides: float = 0.0) -> AsyncIterator[None]:
-    """Wait until an address may keep us busy; then measure for how long it does, and charge that.
+async def turn(address: str, room: Room | None = None, already: float = 0.0) -> AsyncIterator[None]:
+    """Wait until an address may keep us busy; then measure for how long this does, and charge that.
 
-    `besides` is what cannot be measured, in seconds.
+    What comes from one address, by WebSocket and HTTP, waits in line, and what has taken long lets
+    others go first. It also waits while too much is pending in the room that it is for.
+    `already` is what has been spent on it, in seconds.
     """
-    share = share_of(address)
-    async with share.line:
-        while share.in_this_turn > share.slice or share.left() < 0:
-            await asyncio.sleep(share.until_paid())  # if that is 0: until the loop's next turn
-    started = time.perf_counter()
+    share, line = share_of(address)
+    await line.acquire()
+    while room and room.timer and room.pending_bytes > PENDING_BYTES:
+        line.release()  # others of this address may go on, in other rooms
+        await asyncio.sleep(room.timer.when() - asyncio.get_running_loop().time())
+        await line.acquire()
     try:
-        yield
+        if wait := share.until_paid():
+            await asyncio.sleep(wait)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            took = already + time.perf_counter() - started
+            share.spend(took)
+            if took > limits["SHARE"] / 1_000:  # a thousandth of its share of a second
+                await asyncio.sleep(0)  # until the event loop's next turn
     finally:
-        share.use(time.perf_counter() - started + besides)
+        line.release()
 
 
 @lru_cache(30_000)
-def allowance(limit: str, address: str) -> Allowance:
-    """Return what is left to an address of a limit that is good for ten minutes."""
+def quota(limit: str, address: str) -> Allowance:
+    """Return what an address has of a limit; used up, it is full again after ten minutes."""
     return Allowance(limits[limit] / 600, limits[limit])
 
 
-def check(limit: str, address: str, why: str, code: int = 1008) -> None:
-    """Raise Close if an address has nothing left of such a limit."""
-    if allowance(limit, address).left() < 1:
+def charge(tokens: int, limit: str, address: str, refusal: Close) -> None:
+    """Take tokens, or 0, of such a limit from an address; raise the refusal if none is left."""
+    if quota(limit, address).left() < 1:
         note(f"CHAT_{limit} is reached", address)
-        raise Close(code, why)
+        raise refusal
+    quota(limit, address).spend(tokens)
 
 
 def find_room(code: str, address: str) -> Room | None:
     """Return the room with this code, if there is one; Close 1008 after too many wrong codes.
 
     Then even for a right code, or whoever tries them all would still find the rooms. But not at an
-    address that has created the room, or that has a member in it. Codes of rooms that have
-    closed are not counted: a class that reloads its pages is not guessing.
+    address that has created the room, or that has a member in it.
     """
     room = rooms.get(code)
     if room and address in {room.creator, *(member.address for member in room.members.values())}:
         return room
-    check("WRONG_CODES", address, "Too many wrong codes have been tried. Wait ten minutes.")
-    if not room and code not in closed:
-        allowance("WRONG_CODES", address).spend(1)
+    why = "Too many wrong codes have been tried. Wait ten minutes."
+    charge(0 if room else 1, "WRONG_CODES", address, Close(1008, why))
     return room
 
 
@@ -867,17 +807,13 @@ def make_way(newest: Outbox) -> None:
     That may be the newest itself. With 1013: it may hold a token, and then has to come back.
     """
     mine = [outbox for outbox in outboxes if outbox.address == newest.address]
-    if len(mine) > limits["SOCKETS_PER_ADDRESS"]:
-        limit, candidates = "SOCKETS_PER_ADDRESS", mine
-        why = "There are too many connections from your network."
-    elif len(outboxes) > limits["SOCKETS"]:
-        limit, candidates, why = "SOCKETS", outboxes, "This server is full. Try again later."
-    else:
-        return
-    note(f"CHAT_{limit} is reached", newest.address)
-    silent = next(outbox for outbox in candidates if not outbox.member)  # or else the newest
-    del outboxes[silent]  # here, and not when it has gone: it is not to be found twice
-    silent.hang_up(1013, why)
+    for limit, candidates in (("SOCKETS_PER_ADDRESS", mine), ("SOCKETS", outboxes)):
+        if len(candidates) > limits[limit]:
+            note(f"CHAT_{limit} is reached", newest.address)
+            outsider = next(outbox for outbox in candidates if not outbox.member)
+            del outboxes[outsider]  # here, and not when it has gone: it is not to be found twice
+            why = "There are too many connections, from your network or in all."
+            return hang_up(outsider, 1013, why)
 
 
 def note(what: str, who: str = "") -> None:
@@ -889,25 +825,26 @@ def note(what: str, who: str = "") -> None:
 
 
 def note_again(what: str) -> None:
-    times = noted.pop(what, 0)
-    if times > 1:
+    if (times := noted.pop(what, 0)) > 1:
         log.info("%s, %s times in a minute", what, times)
 
 
 def forget() -> None:
-    """Forget all rooms and addresses: each test begins with that."""
+    """Forget all but connections: each test begins with that."""
     for room in list(rooms.values()):
         close_room(room)
-    for memory in (closed, runs, noted):
-        memory.clear()
+    other_runs.clear()
+    noted.clear()
     share_of.cache_clear()
-    allowance.cache_clear()
+    quota.cache_clear()
 
 
 # ── Pages ────────────────────────────────────────────────────────────────────────────────────────
 
-# Read once, at start: what a request names is looked up in here, and never on the disk.
+# Read once, at start, each with a route of its own: no request ever names a file on the disk.
 files = guards.read_files(Path(__file__).parent / "static")
+for name, file in files.items():
+    app.add_url_rule(f"/static/{name}", name.replace(".", "-"), file.response)
 app.jinja_env.globals["static"] = lambda name: f"/static/{name}?v={files[name].version}"
 app.jinja_env.globals["close_codes"] = CLOSE_CODES
 
@@ -916,10 +853,10 @@ app.jinja_env.globals["close_codes"] = CLOSE_CODES
 async def refuse_other_sites():
     """Refuse what another site's page asks for, unless a person has followed a link there.
 
-    Before anything is counted: an image on a foreign page is not a visitor who guesses codes.
+    Before a code is counted: an image on a foreign page is not a visitor who guesses codes.
     """
-    link = request.method == "GET" and request.headers.get("Sec-Fetch-Dest") == "document"
-    if request.headers.get("Sec-Fetch-Site") == "cross-site" and not link:
+    followed = request.method == "GET" and request.headers.get("Sec-Fetch-Dest") == "document"
+    if request.headers.get("Sec-Fetch-Site") == "cross-site" and not followed:
         return "Another site may not ask for this.", 403
 
 
@@ -941,7 +878,8 @@ async def home(title="Chat", text=None, status=200, typed="", reopen=None):
 @app.get("/join")
 async def join_page():
     """Lead to a room by its code, typed in any case and with any spacing, or by a pasted link."""
-    typed = request.args.get("code", "")[-200:].strip().rstrip("/").rsplit("/", 1)[-1]
+    typed = request.args.get("code", "")[-200:].strip().rstrip("/")
+    _, _, typed = typed.rpartition("/")  # of a link, the end
     code = re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", typed)).upper()
     if is_code(code):
         return redirect(f"/r/{code}", 303)
@@ -951,7 +889,7 @@ async def join_page():
 
 @app.post("/r/<code>")
 async def create(code: str):
-    """Open the room whose code the home page chose: a proxy can tell rooms apart by the path."""
+    """Open the room of the path, in which the home page has put a code: a proxy can route by it."""
     if not is_code(code):
         return await home("That is not a code", "Create a room to get one.", 409)
     create_room(code, address_of(request))
@@ -964,7 +902,7 @@ async def room_page(code: str):
         return redirect(f"/r/{code.upper()}", 303)
     if find_room(code, address_of(request)):
         here = link(code)
-        page = {"code": code, "limits": limits, "link": here, "alone": only_here(here)}
+        page = {"code": code, "limits": limits, "link": here, "alone": ONLY_HERE.match(here)}
         return await render_template("room.html", **page)
     text = "It has not been opened yet, or its last member has left. Is this the right code?"
     reopen = code if is_code(code) else None
@@ -973,15 +911,10 @@ async def room_page(code: str):
 
 def link(code: str) -> str:
     """Return the link of a room for others: to them, `localhost` would be their own machine."""
-    site = f"{guards.scheme(request, limits['PROXIES'])}://{request.headers.get('Host', '')}"
-    if only_here(site):
+    site = guards.site(request, limits["PROXIES"])
+    if ONLY_HERE.match(site):
         site = limits.get("NETWORK", site)  # as main has found it out, if we listen to all
     return f"{site}/r/{code}"
-
-
-def only_here(url: str) -> bool:
-    """Whether a URL leads somewhere on this machine only."""
-    return bool(re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])([:/]|$)", url))
 
 
 @app.get("/r/<code>/qr.svg")
@@ -989,23 +922,10 @@ async def qr_code(code: str):
     """Draw the link of a room, for phones to read, and for a projector to show to a class."""
     if not find_room(code, address_of(request)):
         raise NotFound
-    return draw(link(code)), {"Content-Type": "image/svg+xml"}
-
-
-@lru_cache(64)
-def draw(url: str) -> bytes:
     drawing = io.BytesIO()
-    segno.make(url, micro=False).save(
-        drawing, kind="svg", xmldecl=False, omitsize=True, light="white"
-    )
-    return drawing.getvalue()
-
-
-@app.get("/static/<path:name>")
-async def static_file(name: str):
-    if name not in files:
-        raise NotFound
-    return files[name].response()
+    qr = segno.make(link(code), micro=False, mask=0)  # to find the best of the masks takes 6 ms
+    qr.save(drawing, kind="svg", xmldecl=False, omitsize=True, light="white")
+    return drawing.getvalue(), {"Content-Type": "image/svg+xml"}
 
 
 @app.get("/healthz")
@@ -1027,8 +947,9 @@ async def refusal_page(close: Close):
 
 @app.errorhandler(HTTPException)
 async def error_page(error: HTTPException):
-    if not has_request_context():  # a WebSocket that leads nowhere
-        return error.description, error.code
+    if has_websocket_context():  # a handshake to nowhere: no page for it, and not for free
+        async with turn(address_of(websocket), already=HANDSHAKE):
+            return error.name, error.code
     return await home(error.name, error.description, error.code)
 
 
@@ -1042,48 +963,24 @@ async def run(listener: socket.socket, first: str = "") -> None:
         signal.signal(getattr(signal, name), lambda *_: loop.call_soon_threadsafe(stopping.set))
 
     async def stopped() -> None:
-        with listener:  # of which Hypercorn has a copy
-            listener.listen(1024)  # so many may wait, see config.backlog
+        """Wait for the end; Hypercorn calls this when it listens, and stops when it returns."""
+        with listener:  # of which it has a copy
+            listener.listen(1024)  # so many may wait; for config.backlog see below
         await stopping.wait()
         later(4, os._exit, 0)  # the last resort: a peer that never reads blocks a close
-        for outbox in outboxes:
-            outbox.hang_up(1012, RESTART)
-        deadline = time.monotonic() + 1
-        while outboxes and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
+        for outbox in list(outboxes):
+            hang_up(outbox, 1012, RESTART)
 
     if first:  # the one that the terminal shows: it waits longer for its first member
         create_room(first).unentered.cancel()
-    heart = asyncio.create_task(beat())
     # One peer may have so many connections; a proxy is no stranger, and has limits of its own.
-    most = 0 if limits["PROXIES"] else 2 * limits["SOCKETS_PER_ADDRESS"]
-    guards.install(app, lambda: Allowance(10, 60), most, lambda peer: turn(peer, CONNECTION))
+    guards.install(app, math.inf if limits["PROXIES"] else 2 * limits["SOCKETS_PER_ADDRESS"])
     config = Config()
     config.bind = [f"fd://{listener.dup().detach()}"]
-    config.backlog = 16  # asyncio accepts so many in one turn of the loop: a thousand would stop it
-    config.websocket_max_message_size = largest_frame()
+    config.backlog = 4  # asyncio accepts so many in one turn of the loop: a thousand would stop it
+    config.websocket_max_message_size = LARGEST_FRAME
     config.loglevel, config.include_server_header = "WARNING", False
     await serve(app, config, shutdown_trigger=stopped)
-    heart.cancel()
-
-
-async def beat() -> None:
-    """Send everybody a heartbeat, which silent pages answer: who stays silent is lost, see receive.
-
-    It tells a browser an idle room from a dead line. The server sets the pace, because the timers
-    of a hidden tab stand still.
-    """
-    while True:
-        await asyncio.sleep(limits["BEAT"])
-        batch = [str(fragments.beat())]
-        for number, outbox in enumerate(list(outboxes)):
-            try:
-                send(outbox, batch)
-            except Exception:  # or the heart would stand still for all
-                log.exception("A heartbeat failed")
-                evict(outbox, "The server has made a mistake. Come back and resume.")
-            if number % OUTBOXES_AT_ONCE == 0:
-                await asyncio.sleep(0)
 
 
 def main() -> None:
@@ -1112,14 +1009,12 @@ def main() -> None:
         reason = str(getattr(why, "strerror", why)).split(" (")[0]
         sys.exit(f"Cannot listen on {host}, port {port}: {reason}.")
     guards.harden(listener)
-    if (most := guards.raise_open_files()) < limits["SOCKETS"] + 100:
-        log.warning("The system allows %s open files, fewer than CHAT_SOCKETS need.", most)
-    shown = network_address() if host in ("0.0.0.0", "::") else host
+    everywhere, first = host in ("0.0.0.0", "::"), ""
+    shown = network_address() if everywhere else host
     shown = f"[{shown}]" if ":" in shown else shown
     site = f"http://{shown}:{listener.getsockname()[1]}"
     print(f"Chat is on {site} (Ctrl-C stops it)", flush=True)
-    first = ""
-    if host in ("0.0.0.0", "::"):
+    if everywhere:
         limits["NETWORK"], first = site, new_code()
         print(f"One room for the phones in this network: {site}/r/{first}", flush=True)
         with suppress(UnicodeEncodeError):  # a terminal that has no blocks
@@ -1129,12 +1024,10 @@ def main() -> None:
 
 def network_address() -> str:
     """Return the address under which others in the same network reach this machine."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # asks for the route there, sends nothing
-            return probe.getsockname()[0]
-        except OSError:
-            return socket.gethostname()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # asks for the route there, sends nothing
+        return probe.getsockname()[0]
+    return socket.gethostname()
 
 
 if __name__ == "__main__":

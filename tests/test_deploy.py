@@ -195,6 +195,7 @@ async def test_the_proxy_sends_no_other_file(proxies, program):
         if answer.status == 404:  # which is the page of chat.py
             assert b"<form" in body
             assert answer.headers["Content-Security-Policy"]
+            assert answer.headers.get_all("Strict-Transport-Security") == ["max-age=31536000"]
 
 
 async def test_nginx_holds_so_many_connections_of_one_address(server, proxies):

@@ -117,7 +117,7 @@ def test_the_buttons_in_the_readme_are_those_of_the_page():
 
 def test_every_close_code_that_is_used_is_explained():
     source = SOURCE + (HERE / "guards.py").read_text()
-    used = set(re.findall(r"(?:(?:Close|hang_up|report)\(|code=)(\d{4})", source))
+    used = set(re.findall(r"(?:Close|hang_up|report)\((?:[\w.]+, )?(\d{4})", source))
     assert {int(code) for code in used} == chat.CLOSE_CODES.keys()
 
 

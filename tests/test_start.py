@@ -106,14 +106,14 @@ def test_a_wrong_option_is_explained(start, arguments):
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [
-        ("MEMBERS", "many", "CHAT_MEMBERS has to be a whole number, not 'many'."),
-        ("MEMBERS", "true", "CHAT_MEMBERS has to be a whole number, not 'true'."),
-        ("MEMBERS", "1.5", "CHAT_MEMBERS has to be a whole number, not '1.5'."),
-        ("RATE", "fast", "CHAT_RATE has to be a number, not 'fast'."),
-        ("RATE", "NaN", "CHAT_RATE has to be more than 0, not NaN."),
-        ("BEAT", "0", "CHAT_BEAT has to be more than 0, not 0."),
-        ("SHARE", "inf", "CHAT_SHARE has to be more than 0, not inf."),
-        ("PROXIES", "-1", "CHAT_PROXIES has to be more than 0, not -1."),
+        ("MEMBERS", "many", "CHAT_MEMBERS has to be a whole number above 0, not 'many'."),
+        ("MEMBERS", "true", "CHAT_MEMBERS has to be a whole number above 0, not 'true'."),
+        ("MEMBERS", "1.5", "CHAT_MEMBERS has to be a whole number above 0, not '1.5'."),
+        ("RATE", "fast", "CHAT_RATE has to be a number above 0, not 'fast'."),
+        ("RATE", "NaN", "CHAT_RATE has to be a number above 0, not 'NaN'."),
+        ("BEAT", "0", "CHAT_BEAT has to be a number above 0, not '0'."),
+        ("SHARE", "inf", "CHAT_SHARE has to be a number above 0, not 'inf'."),
+        ("PROXIES", "-1", "CHAT_PROXIES has to be a whole number above 0, not '-1'."),
         (
             "SECRET",
             "x" * 15,
