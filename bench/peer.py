@@ -97,7 +97,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=self.log,
             cwd=self.folder,
-            env=os.environ | self.free | settings,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | self.free | settings,
         )
         if self.core is not None:
             os.sched_setaffinity(self.process.pid, {self.core})
