@@ -290,19 +290,19 @@ def hand_out(room: Room) -> None:
         return
     connected = [member.outbox for member in room.members.values() if member.outbox]
     work = len(connected) * (1 + len(frame) / DOUBLE_WORK)  # in short frames
-    deliver(room, frame, connected, time.monotonic() + work / limits["FRAMES_PER_SECOND"])
+    deliver(room, [frame], connected, time.monotonic() + work / limits["FRAMES_PER_SECOND"])
 
 
-def deliver(room: Room, frame: str, receivers: list[Outbox], rest_until: float) -> None:
-    """Put a frame into outboxes, a few in each turn of the loop: other rooms come in between."""
+def deliver(room: Room, batch: list[str], receivers: list[Outbox], rest_until: float) -> None:
+    """Put a batch into outboxes, a few in each turn of the loop: other rooms come in between."""
     first, others = receivers[:OUTBOXES_AT_ONCE], receivers[OUTBOXES_AT_ONCE:]
     if others:
-        room.timer = later(0, deliver, room, frame, others, rest_until)
+        room.timer = later(0, deliver, room, batch, others, rest_until)
     else:
         room.timer = later(rest_until - time.monotonic(), hand_out, room)
     try:
         for outbox in first:
-            send(outbox, [frame])
+            send(outbox, batch)
     except Exception:  # some may have it now, and others not: all of them resume
         log.exception("A hand-out failed")
         for outbox in first:
@@ -315,6 +315,8 @@ def send(outbox: Outbox, batch: list[str]) -> None:
     Waiting would make the room as slow as its slowest member, and without a bound one dead phone
     would eat the memory. Where nothing waits, any batch goes in, or a large one never could.
     """
+    if outbox.hung_up:
+        return  # nothing follows a Close
     size = sum(map(sys.getsizeof, batch))
     if outbox.bytes and outbox.bytes + size > limits["OUTBOX_BYTES"]:
         while not outbox.empty():
