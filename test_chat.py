@@ -16,7 +16,6 @@ import pytest
 from quart.testing.connections import WebsocketDisconnectError, WebsocketResponseError
 
 import chat
-import guards
 
 limits = chat.limits
 OURS = {"Origin": "http://localhost"}  # what the page of the test client sends
@@ -275,44 +274,12 @@ async def test_a_name_is_free_again_after_its_member_has_left(join):
     assert (await join("Ann")).name == "Ann"
 
 
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [
-        ("", "give a name"),
-        ("   ", "give a name"),
-        ("\u0301", "give a name"),
-        ("\ufe0f", "give a name"),
-        ("a\u0000b", "cannot be seen"),
-        ("a\nb", "cannot be seen"),
-        ("a\u2028b", "cannot be seen"),
-        ("\u202egnol", "cannot be seen"),
-        ("A\u200dnn", "cannot be seen"),
-        ("\u3164", "cannot be seen"),
-        ("\u2800", "cannot be seen"),
-        ("\ue000", "cannot be seen"),
-        ("a" * 25, "at most 24"),
-        ("ﷺ" * 2, "at most 24"),
-        ("a\u0316\u0317\u0318", "too many marks"),
-        ("\u0410nn", "two alphabets"),  # a Cyrillic A
-        ("\u0391nn", "two alphabets"),  # a Greek one
-        ("\u0410" + " " * 50 + "\U0001d5c7", "two alphabets"),  # Latin after NFKC
-    ],
-)
-async def test_an_unusable_name_gets_a_sentence_and_another_try(tab, name, why):
+async def test_an_unusable_name_gets_a_sentence_and_another_try(tab):
     ann = await tab()
-    await ann.does(hello={"name": name})
+    await ann.does(hello={"name": "a\u0000b"})  # tests/test_guards.py has more of them
     await ann.hears("unusable")
-    assert why in await ann.hears("</hx-partial>")
+    assert "cannot be seen" in await ann.hears("</hx-partial>")
     await ann.hello(name="Ann")
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["Ann", "O'Neil", "שרה", "محمد", "สมชาย", "प्रिया"]
-    + ["Nguyễn Thị Ánh", "李雷", "🦊", "👩‍🚀", "❤️", "علی‌رضا"],
-)
-async def test_names_of_the_world_can_be_used(join, name):
-    assert (await join(name)).name == chat.unicodedata.normalize("NFKC", name)
 
 
 async def test_a_lost_connection_is_not_a_leaving(join, monkeypatch):
@@ -444,27 +411,10 @@ async def test_what_is_shown_is_what_was_written(join, text):
     assert html.unescape(shown) == chat.unicodedata.normalize("NFC", text)
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("\n\n  one\r\ntwo\n\n  three\n", "  one\ntwo\n\n  three"),
-        ("a" + "\n" * 3 + "b" + "\n \t" * 1_000 + "\nc", "a\n\n\nb\n\nc"),  # is one empty line
-        ("a\u202eb\u2066c\u0000d", "abcd"),
-        ("e\u0301" * 2_000, "\u00e9" * 2_000),  # one character each, after NFC
-        ("e\u0000\u0301", "\u00e9"),
-    ],
-    ids=[
-        "new lines",
-        "a screen full of nothing",
-        "overrides of the direction",
-        "the longest",
-        "NFC",
-    ],
-)
-async def test_what_nobody_could_see_is_left_out_and_the_rest_is_shown(join, text, shown):
+async def test_the_longest_message_is_counted_after_nfc(join):
     ann = await join("Ann")
-    await ann.says(text)
-    await ann.hears(f">{shown}</div>")
+    await ann.says("e\u0301" * 2_000)  # one character each
+    await ann.hears(f">{'é' * 2_000}</div>")
 
 
 async def test_after_many_pieces_the_rest_is_text(join):
@@ -1144,39 +1094,6 @@ async def test_only_our_own_pages_may_connect(monkeypatch, origin, host, allowed
             await socket.receive()
         assert refused.value.response.status_code == 403
     await socket.__aexit__(None, None, None)
-
-
-@pytest.mark.parametrize(
-    ("proxies", "peer", "told", "address"),
-    [
-        (0, "192.0.2.1", None, "192.0.2.1"),
-        (0, "192.0.2.1", "198.51.100.1", "192.0.2.1"),  # anybody can say so
-        (1, "127.0.0.1", "198.51.100.1", "198.51.100.1"),
-        (1, "127.0.0.1", "203.0.113.9, 198.51.100.1", "198.51.100.1"),
-        (2, "127.0.0.1", "203.0.113.9, 198.51.100.1", "203.0.113.9"),
-        (2, "127.0.0.1", "made up, 203.0.113.9, 198.51.100.1", "203.0.113.9"),
-        (2, "127.0.0.1", "198.51.100.1", "127.0.0.1"),  # fewer than there should be
-        (1, "127.0.0.1", "<script>", "unknown"),
-        (1, "127.0.0.1", "", "unknown"),
-        (0, "2001:db8:1:2:3:4:5:6", None, "2001:db8:1::/56"),
-        (0, "::ffff:192.0.2.1", None, "192.0.2.1"),
-        (1, "127.0.0.1", "2001:db8:1:2::99", "2001:db8:1::/56"),
-    ],
-)
-async def test_only_our_own_proxies_are_believed(monkeypatch, proxies, peer, told, address):
-    monkeypatch.setitem(limits, "PROXIES", proxies)
-    headers = {} if told is None else {"X-Forwarded-For": told}
-    scope = {"client": (peer, 50_000)}
-    async with chat.app.test_request_context("/", headers=headers, scope_base=scope):
-        assert chat.address_of(chat.request) == address
-
-
-async def test_behind_a_proxy_that_speaks_tls_our_pages_are_https(monkeypatch):
-    headers = {"X-Forwarded-Proto": "https"}
-    for proxies, scheme in ((0, "http"), (1, "https")):
-        monkeypatch.setitem(limits, "PROXIES", proxies)
-        async with chat.app.test_request_context("/", headers=headers):
-            assert guards.site(chat.request, proxies) == f"{scheme}://localhost"
 
 
 async def test_one_address_has_only_so_many_connections(tab, join, monkeypatch):

@@ -167,6 +167,37 @@ async def test_one_peer_has_only_so_many_connections_of_any_kind(server):
     await until(welcome_again)
 
 
+GARBAGE = """
+import gc, chat
+@chat.app.get("/garbage")
+async def garbage(): return str(gc.collect())
+chat.main()
+"""
+
+
+async def test_what_is_said_leaves_no_garbage_and_what_connections_leave_is_collected():
+    """Python's garbage collector stops everybody, so it runs after many connections only."""
+    server = Server(GARBAGE)
+    server.create_room("PARTY2")
+
+    async def garbage() -> int:
+        return int((await http(server, "GET /garbage HTTP/1.1")).partition("\r\n\r\n")[2])
+
+    ann, bob = await peer(server, "Ann"), await peer(server, "Bob")
+    await garbage()
+    for number in range(300):
+        ann.send(say="no garbage", id=f"x{number}")
+        bob.send(typing=True)
+        await hears(ann, f'data-id="x{number}"')
+    left = await garbage()
+    assert left < 150  # by the two requests
+    for _ in range(251):  # each is a connection and a request
+        await http(server, "GET /nowhere HTTP/1.1")
+    assert await garbage() < 5_000
+    await Peer.close_all()
+    server.stop()
+
+
 async def test_many_can_knock_at_once(server):
     """The backlog of a listening socket is 1,024, whatever Hypercorn and asyncio would have."""
     listening = await asyncio.to_thread(
