@@ -32,6 +32,7 @@ The words:
              the entry that it has seen last. To come back and be given that is to resume
     token    signed proof of having been in a room; comes with the snapshot, is shown to come back
     evict    to hang up on a member that is too slow; it comes back by itself, and resumes
+    turn     what comes from one address waits in line; when it is its turn, we see to it
 """
 
 import argparse
@@ -78,7 +79,7 @@ SETTINGS = {  # in the environment, as in CHAT_MEMBERS=40: the default, and what
     "SHARE": (0.25, "share of the server's time that one address may take; then it waits"),
     "MEMBERS": (250, "members of a room"),
     "SOCKETS": (2_000, "connections in all"),
-    "SOCKETS_PER_ADDRESS": (250, "connections of one address, and joins in about ten minutes"),
+    "SOCKETS_PER_ADDRESS": (250, "connections of one address; joins at once, and in ten minutes"),
     "ROOMS": (1_000, "rooms"),
     "NEW_ROOMS": (30, "rooms that one address can create at once, and again in ten minutes"),
     "WRONG_CODES": (60, "wrong codes from one address at once, and again in ten minutes"),
@@ -100,12 +101,12 @@ ALPHABET = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # of room codes, which are read ou
 ID = re.compile("[A-Za-z0-9_-]{1,64}")  # of a message
 ONLY_HERE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])([:/]|$)")  # on this machine
 NOTICES_REMEMBERED = 30  # of a room
-IDS_REMEMBERED = 128  # of each member's messages; our page waits for the echo of each
-FRAME_SIZE = 16_384  # characters of a frame of a snapshot; others are one string for all members
+IDS_REMEMBERED = 128  # of each member's messages; our page, which waits for each echo, needs one
+FRAME_SIZE = 16_384  # characters of a frame of a snapshot; what is handed out is one frame
 DOUBLE_WORK = 262_144  # a frame of so many characters takes twice as long to send as a short one
 OUTBOXES_AT_ONCE = 50  # to send to so many takes about 2 ms
-PRESENCES_PER_SECOND = 500  # names in lists of members, shown to one member
-PENDING_BYTES = 114_688  # while more is pending in a room, what its members say has to wait
+NAMES_PER_SECOND = 500  # in lists of members, shown to one member
+PENDING_BYTES = 98_304  # while more is pending in a room, what its members say has to wait
 HANDSHAKE = 0.0005  # seconds that one takes, most of them in Hypercorn
 
 # The codes with which connections end, what they mean, and whether the page comes back by itself.
@@ -116,12 +117,12 @@ CLOSE_CODES = {
     1009: ("that frame was too large", "no"),
     1011: ("the server has made a mistake", "yes"),
     1012: ("the server restarts", "yes"),
-    1013: ("you were too slow, silent, or one too many for now", "yes, and resume"),
+    1013: ("not now: you were too slow, silent or one too many, or we failed you", "yes"),
     4401: ("this token is not for this room", "no, give a name again"),
     4403: ("you have been removed, or the room is locked", "no"),
     4404: ("there is no such room, or it has closed", "no"),
     4409: ("you opened this chat in another tab", "no, it goes on there"),
-    4503: ("the room or the server is full", "no"),
+    4503: ("the room or the server is full, or too many of your network have joined", "no"),
 }
 
 
@@ -129,7 +130,6 @@ class Close(Exception):
     """Ends a connection, or is shown as a page. Has one of these codes, and a reason to read."""
 
     def __init__(self, code: int, reason: str):
-        super().__init__(code, reason)
         self.code, self.reason = code, reason
 
 
@@ -155,12 +155,12 @@ for name, (default, _) in SETTINGS.items():
     if kind is not str and value != default and not 0 < value < math.inf:
         number = "a whole number" if kind is int else "a number"
         print(f"CHAT_{name} has to be {number} above 0, not {told!r}.", file=sys.stderr)
-        sys.exit(2)  # systemd, too, is told by this that to try again does not help
+        sys.exit(2)  # deploy/chat.service knows by this that to try again does not help
 if 0 < len(limits["SECRET"]) < 16:
     print("CHAT_SECRET has to have 16 characters or more, or it can be guessed.", file=sys.stderr)
     sys.exit(2)
 
-LARGEST_FRAME = 8 * limits["MESSAGE_LENGTH"] + 384  # bytes; browsers need 6 for a character at most
+LARGEST_FRAME = 8 * limits["MESSAGE_LENGTH"] + 384  # bytes: a character takes 6 at most, as \u0000
 signer = URLSafeSerializer(limits["SECRET"] or secrets.token_hex(), salt="member")  # of tokens
 
 
@@ -178,12 +178,13 @@ class Outbox(asyncio.Queue):
         self.address = address
         self.member: Member | None = None  # set by enter
         self.bytes = 0  # of the batches that wait and are counted
-        # A token bucket for frames from the browser; when it has entered, its member's.
+        # A token bucket for frames from the browser; when it has entered, its member's. One can
+        # spend more than is left: then what comes next waits until that is paid.
         self.allowance = Allowance(limits["RATE"], limits["BURST"])
         self.deadline = time.monotonic() + JOIN_DEADLINE  # for a hello, then for each next frame
-        self.next_beat = later(min(limits["BEAT"], JOIN_DEADLINE), beat, self)  # ends it then
+        self.next_beat = later(min(limits["BEAT"], JOIN_DEADLINE), beat, self)
         self.grace = limits["GRACE"]  # seconds to come back if it ends now
-        self.hung_up = False  # we have ended it, and do not act any more on what it says
+        self.end: Close | None = None  # set by hang_up: then what it says has no effect any more
 
 
 @dataclass(eq=False, slots=True)
@@ -206,7 +207,7 @@ class Room:
     start: int  # seq with which it began; in its tokens, to tell it from later rooms of this code
     seq: int  # of the latest entry
     handed_out: int  # seq of the latest entry that is not pending
-    forgotten: int  # seq of the latest message that the history has dropped
+    forgotten: int  # no message up to this seq is in the history any more
     unentered: asyncio.TimerHandle | None = None  # set at once: closes it if nobody enters
     members: dict[str, Member] = field(default_factory=dict)  # the first is the host
     history: deque[tuple[int, str]] = field(default_factory=deque)  # messages with their seqs
@@ -224,13 +225,13 @@ class Room:
 
 
 rooms: dict[str, Room] = {}
-outboxes: dict[Outbox, None] = {}  # of all connections, oldest first; see make_way
+outboxes: dict[Outbox, None] = {}  # of connections, oldest first; see make_way
 RUN = secrets.token_hex(4)  # names this run of the program, in its tokens
-other_runs: dict[str, float] = {}  # whose tokens came, for rooms that are gone, and since when
+other_runs: dict[str, float] = {}  # whose tokens came for rooms that are gone, and since when
 stopping = asyncio.Event()
 RESTART, REMOVED = "The server restarts.", "The host has removed you from this room."
 
-log = logging.getLogger("chat")  # no message, name, code or token
+log = logging.getLogger("chat")  # is told no message, name, room code or token
 noted: Counter[str] = Counter()  # what has happened in the last minute, and how often
 
 # Each macro of fragments.html becomes a function. They are called where nothing may await, so the
@@ -279,8 +280,8 @@ def wake(room: Room, fragment: str) -> None:
 def hand_out(room: Room) -> None:
     """Put all that is pending into the members' outboxes; then rest while that is being sent.
 
-    An idle room thus sends in the loop's next turn. A busy one sends fewer and larger frames, so that
-    it does not fall behind: a frame costs a wake-up and a system call, however little is in it.
+    A busy room thus sends fewer and larger frames, so that it does not fall behind: a frame costs a
+    wake-up and a system call, however little is in it.
     """
     frame = "".join(room.pending)
     room.pending, room.pending_bytes = [], 0
@@ -294,7 +295,10 @@ def hand_out(room: Room) -> None:
 
 
 def deliver(room: Room, batch: list[str], receivers: list[Outbox], rest_until: float) -> None:
-    """Put a batch into outboxes, a few in each turn of the loop: other rooms come in between."""
+    """Put a batch into outboxes, a few in each turn of the loop: other rooms come in between.
+
+    Who enters in between is no receiver, but has the batch in its snapshot: it is `handed_out`.
+    """
     first, others = receivers[:OUTBOXES_AT_ONCE], receivers[OUTBOXES_AT_ONCE:]
     if others:
         room.timer = later(0, deliver, room, batch, others, rest_until)
@@ -315,12 +319,12 @@ def send(outbox: Outbox, batch: list[str]) -> None:
     Waiting would make the room as slow as its slowest member, and without a bound one dead phone
     would eat the memory. Where nothing waits, any batch goes in, or a large one never could.
     """
-    if outbox.hung_up:
-        return  # nothing follows a Close
+    if outbox.end:
+        return  # nothing follows it
     size = sum(map(sys.getsizeof, batch))
     if outbox.bytes and outbox.bytes + size > limits["OUTBOX_BYTES"]:
         while not outbox.empty():
-            outbox.get_nowait()  # it will be given that again
+            outbox.get_nowait()  # what of it is in the log comes again with the next snapshot
         return hang_up(outbox, 1013, "You were too slow. Come back and resume.")
     outbox.bytes += size
     outbox.put_nowait((batch, size))
@@ -328,16 +332,16 @@ def send(outbox: Outbox, batch: list[str]) -> None:
 
 def hang_up(outbox: Outbox, code: int, reason: str) -> None:
     """Have the relay end a connection, after what waits; the first reason counts."""
-    if not outbox.hung_up:
-        outbox.hung_up = True
-        outbox.put_nowait((Close(code, reason), 0))
+    if not outbox.end:
+        outbox.end = Close(code, reason)
+        outbox.put_nowait((outbox.end, 0))
         lose(outbox)
 
 
 def show_presence(room: Room) -> None:
     """Have the list of members shown soon: it goes to all and names all, so it has its own pace."""
     if not room.presence:
-        room.presence = later(len(room.members) / PRESENCES_PER_SECOND, add_presence, room)
+        room.presence = later(len(room.members) / NAMES_PER_SECOND, add_presence, room)
 
 
 def add_presence(room: Room) -> None:
@@ -355,11 +359,12 @@ def create_room(code: str, address: str = "") -> Room:
     in this way which codes are taken; 4503 if there are too many rooms.
     """
     why = "Your network has created many rooms. Wait a minute, and try again."
-    charge(0 if code in rooms else 1, "NEW_ROOMS", address, Close(1008, why))
-    if code in rooms:
-        return rooms[code]
+    room = rooms.get(code)
+    charge(0 if room else 1, "NEW_ROOMS", address, Close(1008, why))
+    if room:
+        return room
     if len(rooms) >= limits["ROOMS"]:  # the oldest that nobody has entered makes way
-        empty = next((room for room in rooms.values() if not room.members), None)
+        empty = next((each for each in rooms.values() if not each.members), None)
         if not empty:
             raise Close(4503, "There are too many rooms. Try again later.")
         close_room(empty)
@@ -372,20 +377,17 @@ def create_room(code: str, address: str = "") -> Room:
 
 
 def close_room(room: Room) -> None:
-    """Forget a room without members."""
-    for timer in (room.unentered, room.timer, room.presence):
-        if timer:
-            timer.cancel()
-    room.timer = None  # or turn(), which waits while much is pending, would wait for ever
+    """Forget a room. Of its timers only this one matters still: it would close the next one here."""
+    room.unentered.cancel()
     del rooms[room.code]
 
 
 def enter(member: Member, outbox: Outbox, after: int) -> None:
     """Connect a member, and give it what was said since the entry `after`; 0: all we remember.
 
-    Snapshot and subscription are one step: what has been handed out is in the snapshot, and what is
-    pending comes with the next hand-out. With an await in here, an entry of that moment could be
-    in both, or in neither.
+    To be given the snapshot and to become a receiver is one step: what has been handed out is in the
+    one, and what is pending comes with the next hand-out. With an await in here, an entry of that
+    moment could be in both, or in neither.
     """
     room = member.room
     room.unentered.cancel()
@@ -401,31 +403,30 @@ def enter(member: Member, outbox: Outbox, after: int) -> None:
 
 
 def snapshot(member: Member, after: int) -> list[str]:
-    """Return a welcome, and what was handed out after this entry; what is missing has a line."""
+    """Return a welcome, and what was handed out after this entry; or if messages of that are
+    forgotten, a line that says so, and what there still is."""
     room = member.room
     token = signer.dumps([room.code, room.start, RUN, member.id, member.name])
-    # No message after this one is missing: the history has it, or it is pending (and was so much
-    # that the history has already dropped some of it).
+    # What was said up to `complete` may be forgotten; what is pending is not lost, even if so much
+    # has come since that the history has dropped it already.
     complete = min(room.forgotten, room.handed_out)
-    since, gap = after, []
-    if after and not complete <= after <= room.handed_out:  # missed some, or is of another run
-        since, gap = complete, [str(fragments.gap(complete, restarted=after < room.start))]
+    gap = []
+    if after and not complete <= after <= room.handed_out:  # away too long, or of another run
+        gap = [str(fragments.gap(complete, restarted=after < room.start))]
+        after = complete
     entries = sorted([*room.history, *room.notices])
-    missed = [entry for seq, entry in entries if since < seq <= room.handed_out]
-    return [str(fragments.welcome(member, token)), *gap, *missed]
+    given = [entry for seq, entry in entries if after < seq <= room.handed_out]
+    return [str(fragments.welcome(member, token)), *gap, *given]
 
 
 def lose(outbox: Outbox) -> None:
-    """Note that a connection ends: its member leaves, unless it is back within the grace."""
+    """Note that a connection ends: its member leaves, unless it is back within the grace (or 0)."""
     member = outbox.member
     if not member or member.outbox is not outbox:
         return  # never joined, is lost already, or has another connection by now
     member.outbox = None
-    if outbox.grace:
-        member.leaving = later(outbox.grace, leave, member, "left")
-        show_presence(member.room)
-    else:
-        leave(member, "left")
+    member.leaving = later(outbox.grace, leave, member, "left")
+    show_presence(member.room)
 
 
 def leave(member: Member, what: str) -> None:
@@ -454,14 +455,12 @@ async def connection(code: str):
     ws = websocket._get_current_object()  # what `websocket` stands for, looked up once
     address = address_of(ws)
     async with turn(address, already=HANDSHAKE):  # the handshake counts as its work
-        ours = same_origin()
-    if not ours:
-        note("CHAT_ORIGINS: a page of another site has tried to connect")
-        return "This page may not connect here.", 403
-    await (
-        ws.accept()
-    )  # even to turn it away below: browsers tell a page no code but that of a close
-    end = Close(1011, "The server has made a mistake.")
+        if not same_origin():
+            note("An Origin that is neither ours nor in CHAT_ORIGINS has tried to connect")
+            return "This page may not connect here.", 403
+    # Accept even whom we turn away below: browsers tell a page no code but that of a close.
+    await ws.accept()
+    end = Close(1011, "The server has made a mistake.")  # unless we learn of another one
     outbox = Outbox(address)
     outboxes[outbox] = None
     make_way(outbox)  # if it is one too many
@@ -472,15 +471,15 @@ async def connection(code: str):
             both.create_task(relay(outbox, ws))
             both.create_task(receive(code, outbox, ws))
     except* Close as closes:  # the TaskGroup raises what was raised in it as a group
-        end = closes.exceptions[0]
+        end = outbox.end or closes.exceptions[0]
         note(f"Closed with {end.code}: {end.reason}")
-    except* OSError:
+    except* OSError:  # the network has given up
         pass
     except* Exception as errors:
         log.error("A connection failed", exc_info=errors)
     finally:
         try:
-            with suppress(OSError):  # the network has given up
+            with suppress(OSError):
                 # Always with a code: without, it would be 1000, and nobody would come back.
                 await ws.close(end.code, end.reason)
         finally:
@@ -508,7 +507,7 @@ async def relay(outbox: Outbox, ws) -> None:
             raise batch
         for frame in in_frames(batch):
             await ws.send(frame)
-        batch = frame = None  # or an idle relay keeps them: half a gigabyte with 1,000 members
+        batch = frame = None  # or an idle relay would keep the last of its snapshot
 
 
 def in_frames(batch: list[str]) -> Iterator[str]:
@@ -530,7 +529,7 @@ def beat(outbox: Outbox) -> None:
     """
     left = outbox.deadline - time.monotonic()
     if left <= 0:
-        return hang_up(outbox, 1013, "You were silent for too long. Come back.")
+        return hang_up(outbox, 1013, "We have waited for you for too long. Come back.")
     outbox.next_beat = later(min(limits["BEAT"], left), beat, outbox)
     send(outbox, [str(fragments.beat())])
 
@@ -544,21 +543,19 @@ async def receive(code: str, outbox: Outbox, ws) -> None:
     try:
         while True:
             frame = parse(await ws.receive(), outbox.allowance)
-            deadline = outbox.deadline  # before it has joined: one for all its hellos
-            outbox.deadline = math.inf  # from here on it is we who are slow
-            if wait := outbox.allowance.until_paid():
-                await asyncio.sleep(wait)
+            hello_by, outbox.deadline = outbox.deadline, math.inf  # for now it is we who are slow
+            await outbox.allowance.paid()
             async with turn(outbox.address, outbox.member and outbox.member.room):
-                if outbox.hung_up:
-                    pass  # the page says it again on its next connection
-                elif outbox.member:
-                    act(outbox.member, frame)
-                else:
-                    hello(code, outbox, frame)
+                if not outbox.end:  # else the page says its messages again on its next connection
+                    if outbox.member:
+                        act(outbox.member, frame)
+                    else:
+                        hello(code, outbox, frame)
             frame = None  # as in relay
             if outbox.member:
-                deadline = time.monotonic() + 2.5 * limits["BEAT"]
-            outbox.deadline = deadline
+                outbox.deadline = time.monotonic() + 2.5 * limits["BEAT"]
+            else:  # that name could not be used: another try, but no more time
+                outbox.deadline = hello_by
     except Close:  # a member that has left, or has broken a rule, does not come back
         outbox.grace = 0
         raise
@@ -599,17 +596,15 @@ def hello(code: str, outbox: Outbox, frame: dict) -> None:
 
 
 def act(member: Member, frame: dict) -> None:
-    """Do what a member says; Close 1000 if it leaves, 1008 if that is nothing that it may say."""
+    """Do what a member says; Close 1000 if it leaves, 1008 if that is nothing that one can say."""
     room, outbox = member.room, member.outbox
-    host = member is next(iter(room.members.values()))  # the first of them
-    outbox.grace = limits["GRACE"]  # and no longer that of a bye
+    host = member is next(iter(room.members.values()))
+    outbox.grace = limits["GRACE"]  # whoever says something after a bye has not gone
     match frame:
         case {"say": str(text), "id": str(id)} if ID.fullmatch(id):
             say(member, id, text)
         case {"typing": True}:
             wake(room, str(fragments.typing(member)))  # neither numbered nor remembered
-        case {"here": int()}:
-            pass  # that it came is enough
         case {"bye": True}:  # the page is closed, or reloaded
             outbox.grace = min(limits["GRACE"], GRACE_CLOSED)
         case {"leave": True}:
@@ -621,8 +616,8 @@ def act(member: Member, frame: dict) -> None:
             show_presence(room)
         case {"remove": str(id)} if host and id in room.members:
             remove(room.members[id])
-        case {"lock": bool()} | {"remove": str()}:
-            pass  # from who is host no more, or about somebody who has just left
+        case {"here": int()} | {"lock": bool()} | {"remove": str()}:
+            pass  # the answer to a heartbeat; or not, or no more, from the host, or about a member
         case _:
             raise Close(1008, "That is not a frame of this chat.")
 
@@ -631,7 +626,7 @@ def say(member: Member, id: str, text: str) -> None:
     """Post what a member says, once; or tell it that this had been posted, or why it cannot be."""
     key = hash(id)  # smaller to remember
     if key in member.posted:  # sent again, because the echo had not reached it
-        mark = f'data-from="{member.id}" data-id="{id}"'
+        mark = f'data-from="{member.id}" data-id="{id}"'  # as fragments.html writes it
         if not any(mark in entry for entry in member.room.pending):  # else its echo is to come
             send(member.outbox, [str(fragments.verdict(id, "confirmed", ""))])
         return
@@ -682,11 +677,14 @@ def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
     room = rooms.get(code)
     # Neither of another room, nor of an earlier one with this code.
     if of_code != code or (room and run == RUN and start != room.start):
-        raise Close(4401, "You were not in this room. Give your name again.")
-    # For a while after the first token of another run, that run's rooms are opened again.
+        raise Close(4401, "This room does not know you any more. Give your name again.")
     now = time.time()
-    since = room.start / 1000 if room else other_runs.setdefault(run, now)  # a start is in ms
-    restarted = run != RUN and now - since < limits["GRACE"]
+    if run == RUN:
+        restarted = False
+    elif room:  # has been opened again already, and begins with that moment, in ms
+        restarted = now - room.start / 1000 < limits["GRACE"]
+    else:  # can be opened again, for a while after the first token of that run
+        restarted = now - other_runs.setdefault(run, now) < limits["GRACE"]
     if not room and not restarted:
         raise Close(4404, "This room has closed.")
     try:
@@ -706,7 +704,7 @@ def add_member(room: Room, id: str, name: str, outbox: Outbox, after=0, restarte
     """Make a member, and have it enter.
 
     Close: 4403 the room is locked, 4503 it or the server is full, or too many have joined.
-    Who was here before a restart enters without a notice, and even if the room is locked again.
+    restarted: it was here before a restart a moment ago, and enters without a notice, locked or not.
     """
     if room.locked and not restarted:
         raise Close(4403, "This room is locked: nobody new comes in.")
@@ -737,7 +735,7 @@ def add_member(room: Room, id: str, name: str, outbox: Outbox, after=0, restarte
 def address_of(client) -> str:
     """Return where a request or a WebSocket comes from."""
     if client.headers.get("X-Forwarded-For") and not limits["PROXIES"]:
-        note("X-Forwarded-For came, but CHAT_PROXIES is 0: all who come by that proxy count as one")
+        note("X-Forwarded-For came, but CHAT_PROXIES is 0: all who come by a proxy count as one")
     return guards.address(client, limits["PROXIES"])
 
 
@@ -761,18 +759,17 @@ async def turn(address: str, room: Room | None = None, already: float = 0.0) -> 
         await asyncio.sleep(room.timer.when() - asyncio.get_running_loop().time())
         await line.acquire()
     try:
-        if wait := share.until_paid():
-            await asyncio.sleep(wait)
-        started = time.perf_counter()
+        await share.paid()
+        started = time.perf_counter() - already
         try:
             yield
         finally:
-            took = already + time.perf_counter() - started
+            took = time.perf_counter() - started
             share.spend(took)
-            if took > limits["SHARE"] / 1_000:  # a thousandth of its share of a second
-                await asyncio.sleep(0)  # until the event loop's next turn
     finally:
         line.release()
+    if took > limits["SHARE"] / 1_000:  # a thousandth of its share of a second
+        await asyncio.sleep(0)  # until the event loop's next turn: others go first
 
 
 @lru_cache(30_000)
@@ -783,10 +780,11 @@ def quota(limit: str, address: str) -> Allowance:
 
 def charge(tokens: int, limit: str, address: str, refusal: Close) -> None:
     """Take tokens, or 0, of such a limit from an address; raise the refusal if none is left."""
-    if quota(limit, address).left() < 1:
+    bucket = quota(limit, address)
+    if bucket.left() < 1:
         note(f"CHAT_{limit} is reached", address)
         raise refusal
-    quota(limit, address).spend(tokens)
+    bucket.spend(tokens)
 
 
 def find_room(code: str, address: str) -> Room | None:
@@ -798,13 +796,13 @@ def find_room(code: str, address: str) -> Room | None:
     room = rooms.get(code)
     if room and address in {room.creator, *(member.address for member in room.members.values())}:
         return room
-    why = "Too many wrong codes have been tried. Wait ten minutes."
+    why = "Too many wrong codes have been tried. Wait a few minutes."
     charge(0 if room else 1, "WRONG_CODES", address, Close(1008, why))
     return room
 
 
 def make_way(newest: Outbox) -> None:
-    """Keep the number of connections bounded: one that is in no room makes way for another.
+    """Keep the number of connections bounded: one that has entered no room makes way for another.
 
     That may be the newest itself. With 1013: it may hold a token, and then has to come back.
     """
@@ -871,10 +869,10 @@ def new_code() -> str:
 
 
 @app.get("/")
-async def home(title="Chat", text=None, status=200, typed="", reopen=None):
+async def home(title="Chat", text=None, status=200, typed=""):
     """Show where rooms are created and joined; with a title and a text, also what went wrong."""
-    page = {"title": title, "text": text, "code": new_code(), "typed": typed, "reopen": reopen}
-    return await render_template("home.html", **page), status
+    page = {"title": title, "text": text, "code": new_code(), "typed": typed}
+    return await render_template("home.html", **page, a_code=is_code(typed)), status
 
 
 @app.get("/join")
@@ -891,7 +889,7 @@ async def join_page():
 
 @app.post("/r/<code>")
 async def create(code: str):
-    """Open the room of the path, in which the home page has put a code: a proxy can route by it."""
+    """Open the room whose code the home page has put into the path, where a proxy can see it, too."""
     if not is_code(code):
         return await home("That is not a code", "Create a room to get one.", 409)
     create_room(code, address_of(request))
@@ -906,9 +904,8 @@ async def room_page(code: str):
         here = link(code)
         page = {"code": code, "limits": limits, "link": here, "alone": ONLY_HERE.match(here)}
         return await render_template("room.html", **page)
-    text = "It has not been opened yet, or its last member has left. Is this the right code?"
-    reopen = code if is_code(code) else None
-    return await home("There is no such room", text, 404, typed=code[:40], reopen=reopen)
+    text = "It has not been opened yet, or it has closed. Is this the right code?"
+    return await home("There is no such room", text, 404, typed=code[:40])
 
 
 def link(code: str) -> str:
@@ -967,13 +964,13 @@ async def run(listener: socket.socket, first: str = "") -> None:
     async def stopped() -> None:
         """Wait for the end; Hypercorn calls this when it listens, and stops when it returns."""
         with listener:  # of which it has a copy
-            listener.listen(1024)  # so many may wait; for config.backlog see below
+            listener.listen(1024)  # so many may wait
         await stopping.wait()
         later(4, os._exit, 0)  # the last resort: a peer that never reads blocks a close
         for outbox in list(outboxes):
             hang_up(outbox, 1012, RESTART)
 
-    if first:  # the one that the terminal shows: it waits longer for its first member
+    if first:  # the one that the terminal shows: it waits for its first member without an end
         create_room(first).unentered.cancel()
     # One peer may have so many connections; a proxy is no stranger, and has limits of its own.
     guards.install(app, math.inf if limits["PROXIES"] else 2 * limits["SOCKETS_PER_ADDRESS"])
@@ -986,14 +983,11 @@ async def run(listener: socket.socket, first: str = "") -> None:
 
 
 def main() -> None:
+    about = "A room chat on WebSockets. Its settings, in the environment:"
+    for name, (default, what) in SETTINGS.items():
+        about += f"\n  CHAT_{name} ({default or 'not set'}): {what}"
     parser = argparse.ArgumentParser(
-        description="A room chat on WebSockets.",
-        epilog="settings, in the environment:\n"
-        + "\n".join(
-            f"  CHAT_{name} ({default or 'not set'}): {what}"
-            for name, (default, what) in SETTINGS.items()
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--host", default="127.0.0.1", help="where to listen; 0.0.0.0: everywhere")
     parser.add_argument("--port", default=8000, type=int)
@@ -1008,16 +1002,17 @@ def main() -> None:
         both = host == "::" and socket.has_dualstack_ipv6()
         listener = socket.create_server((host, port), family=family, dualstack_ipv6=both)
     except (OSError, OverflowError) as why:
-        reason = str(getattr(why, "strerror", why)).split(" (")[0]
+        reason = str(getattr(why, "strerror", why)).split(" (")[0]  # not the address again
         sys.exit(f"Cannot listen on {host}, port {port}: {reason}.")
     guards.harden(listener)
-    everywhere, first = host in ("0.0.0.0", "::"), ""
+    everywhere = host in ("0.0.0.0", "::")
+    first = new_code() if everywhere else ""
     shown = network_address() if everywhere else host
     shown = f"[{shown}]" if ":" in shown else shown
     site = f"http://{shown}:{listener.getsockname()[1]}"
     print(f"Chat is on {site} (Ctrl-C stops it)", flush=True)
     if everywhere:
-        limits["NETWORK"], first = site, new_code()
+        limits["NETWORK"] = site
         print(f"One room for the phones in this network: {site}/r/{first}", flush=True)
         with suppress(UnicodeEncodeError):  # a terminal that has no blocks
             segno.make(f"{site}/r/{first}", micro=False).terminal(compact=True)
@@ -1025,7 +1020,7 @@ def main() -> None:
 
 
 def network_address() -> str:
-    """Return the address under which others in the same network reach this machine."""
+    """Return how others in the same network reach this machine: by this address, or else name."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
         probe.connect(("192.0.2.1", 9))  # asks for the route there, sends nothing
         return probe.getsockname()[0]

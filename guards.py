@@ -50,9 +50,10 @@ class Allowance:
         """Take tokens, also on credit: less than none is left then, until that is paid."""
         self.full_at = max(self.full_at, time.monotonic()) + tokens / self.rate
 
-    def until_paid(self) -> float:
-        """Return the seconds until nothing is on credit any more."""
-        return max(0, -self.left() / self.rate)
+    async def paid(self) -> None:
+        """Wait until nothing is on credit any more."""
+        if (left := self.left()) < 0:
+            await asyncio.sleep(-left / self.rate)
 
 
 # ── Text and names ───────────────────────────────────────────────────────────────────────────────
@@ -245,9 +246,9 @@ class Server(tcp_server.TCPServer):
 
     @classmethod
     def tidy(cls) -> None:
-        """Count one that ends; after 500, or as many as there are connections, collect garbage."""
+        """Count one that ends. After 500, or half as many as are connected, collect garbage."""
         cls.ended += 1
-        if cls.ended % 500 == 0 and cls.ended >= cls.open.total():
+        if cls.ended >= max(500, cls.open.total() / 2):
             cls.ended = 0
             gc.collect()
 
