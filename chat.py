@@ -50,8 +50,8 @@ import sys
 import time
 import unicodedata
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -79,7 +79,7 @@ SETTINGS = {  # in the environment, as in CHAT_MEMBERS=40: the default, and what
     "SHARE": (0.25, "share of the server's time that one address may take; then it waits"),
     "MEMBERS": (250, "members of a room"),
     "SOCKETS": (2_000, "connections in all"),
-    "SOCKETS_PER_ADDRESS": (250, "connections of one address; joins at once, and in ten minutes"),
+    "SOCKETS_PER_ADDRESS": (250, "connections of one address; its joins at once and in 10 minutes"),
     "ROOMS": (1_000, "rooms"),
     "NEW_ROOMS": (30, "rooms that one address can create at once, and again in ten minutes"),
     "WRONG_CODES": (60, "wrong codes from one address at once, and again in ten minutes"),
@@ -110,14 +110,14 @@ PENDING_BYTES = 98_304  # while more is pending in a room, what its members say 
 HANDSHAKE = 0.0005  # seconds that one takes, most of them in Hypercorn
 
 # The codes with which connections end, what they mean, and whether the page comes back by itself.
-# For what is no WebSocket, wsproto adds 1002 and 1007.
+# To what breaks the protocol of WebSockets itself, wsproto answers with 1002 or 1007.
 CLOSE_CODES = {
     1000: ("you left", "no"),
     1008: ("you broke a rule, the reason says which", "no"),
     1009: ("that frame was too large", "no"),
     1011: ("the server has made a mistake", "yes"),
     1012: ("the server restarts", "yes"),
-    1013: ("not now: you were too slow, silent or one too many, or we failed you", "yes"),
+    1013: ("you were too slow, silent or one too many, or we made a mistake", "yes"),
     4401: ("this token is not for this room", "no, give a name again"),
     4403: ("you have been removed, or the room is locked", "no"),
     4404: ("there is no such room, or it has closed", "no"),
@@ -160,7 +160,7 @@ if 0 < len(limits["SECRET"]) < 16:
     print("CHAT_SECRET has to have 16 characters or more, or it can be guessed.", file=sys.stderr)
     sys.exit(2)
 
-LARGEST_FRAME = 8 * limits["MESSAGE_LENGTH"] + 384  # bytes: a character takes 6 at most, as \u0000
+LARGEST_FRAME = 8 * limits["MESSAGE_LENGTH"] + 384  # bytes; a character of our page takes at most 6
 signer = URLSafeSerializer(limits["SECRET"] or secrets.token_hex(), salt="member")  # of tokens
 
 
@@ -178,8 +178,8 @@ class Outbox(asyncio.Queue):
         self.address = address
         self.member: Member | None = None  # set by enter
         self.bytes = 0  # of the batches that wait and are counted
-        # A token bucket for frames from the browser; when it has entered, its member's. One can
-        # spend more than is left: then what comes next waits until that is paid.
+        # A token bucket for frames from the browser; when it has entered, its member's. A frame that
+        # costs more than is left has to wait until that is paid.
         self.allowance = Allowance(limits["RATE"], limits["BURST"])
         self.deadline = time.monotonic() + JOIN_DEADLINE  # for a hello, then for each next frame
         self.next_beat = later(min(limits["BEAT"], JOIN_DEADLINE), beat, self)
@@ -403,12 +403,12 @@ def enter(member: Member, outbox: Outbox, after: int) -> None:
 
 
 def snapshot(member: Member, after: int) -> list[str]:
-    """Return a welcome, and what was handed out after this entry; or if messages of that are
-    forgotten, a line that says so, and what there still is."""
+    """Return a welcome, and what was handed out after this entry; if messages of that are
+    forgotten, a line that says so, and what was said since."""
     room = member.room
     token = signer.dumps([room.code, room.start, RUN, member.id, member.name])
-    # What was said up to `complete` may be forgotten; what is pending is not lost, even if so much
-    # has come since that the history has dropped it already.
+    # What was said up to `complete` may be forgotten. What is pending is not lost: if 101 to 320 are,
+    # and the history has 121 to 320, `complete` is 100.
     complete = min(room.forgotten, room.handed_out)
     gap = []
     if after and not complete <= after <= room.handed_out:  # away too long, or of another run
@@ -420,7 +420,7 @@ def snapshot(member: Member, after: int) -> list[str]:
 
 
 def lose(outbox: Outbox) -> None:
-    """Note that a connection ends: its member leaves, unless it is back within the grace (or 0)."""
+    """Note that a connection ends: its member leaves, unless it is back within a grace, perhaps 0."""
     member = outbox.member
     if not member or member.outbox is not outbox:
         return  # never joined, is lost already, or has another connection by now
@@ -617,7 +617,7 @@ def act(member: Member, frame: dict) -> None:
         case {"remove": str(id)} if host and id in room.members:
             remove(room.members[id])
         case {"here": int()} | {"lock": bool()} | {"remove": str()}:
-            pass  # the answer to a heartbeat; or not, or no more, from the host, or about a member
+            pass  # a heartbeat's answer; or said by who is not host (any more), or of who has left
         case _:
             raise Close(1008, "That is not a frame of this chat.")
 
@@ -627,7 +627,9 @@ def say(member: Member, id: str, text: str) -> None:
     key = hash(id)  # smaller to remember
     if key in member.posted:  # sent again, because the echo had not reached it
         mark = f'data-from="{member.id}" data-id="{id}"'  # as fragments.html writes it
-        if not any(mark in entry for entry in member.room.pending):  # else its echo is to come
+        if not any(
+            mark in entry for entry in member.room.pending
+        ):  # while it is, its echo will come
             send(member.outbox, [str(fragments.verdict(id, "confirmed", ""))])
         return
     text = guards.clean(text)
@@ -683,7 +685,8 @@ def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
         restarted = False
     elif room:  # has been opened again already, and begins with that moment, in ms
         restarted = now - room.start / 1000 < limits["GRACE"]
-    else:  # can be opened again, for a while after the first token of that run
+    else:  # can be opened again, for a while after the first token of that run; not after our own
+        # start: it may be of another process, which has died while we have been here
         restarted = now - other_runs.setdefault(run, now) < limits["GRACE"]
     if not room and not restarted:
         raise Close(4404, "This room has closed.")
@@ -704,7 +707,7 @@ def add_member(room: Room, id: str, name: str, outbox: Outbox, after=0, restarte
     """Make a member, and have it enter.
 
     Close: 4403 the room is locked, 4503 it or the server is full, or too many have joined.
-    restarted: it was here before a restart a moment ago, and enters without a notice, locked or not.
+    restarted: its token is of before a restart just now; it enters without a notice, locked or not.
     """
     if room.locked and not restarted:
         raise Close(4403, "This room is locked: nobody new comes in.")
@@ -724,7 +727,7 @@ def add_member(room: Room, id: str, name: str, outbox: Outbox, after=0, restarte
         post(room, fragments.notice, name=name, what="joined")
     enter(Member(room, id, name, outbox.address, hue, outbox.allowance), outbox, after)
     if len(room.members) > limits["MEMBERS"]:  # then somebody is lost, and makes way
-        leave(lost[0], "left")
+        leave(min(lost, key=lambda member: member.leaving.when()), "left")
 
 
 # ── Strangers ────────────────────────────────────────────────────────────────────────────────────
@@ -744,32 +747,38 @@ def share_of(address: str) -> tuple[Allowance, asyncio.Lock]:
     return Allowance(limits["SHARE"], 10 * limits["SHARE"]), asyncio.Lock()
 
 
-@asynccontextmanager
-async def turn(address: str, room: Room | None = None, already: float = 0.0) -> AsyncIterator[None]:
-    """Wait until an address may keep us busy; then measure for how long this does, and charge that.
+class turn:
+    """async with: wait until an address may keep us busy; then measure and charge for how long it does.
 
     What comes from one address, by WebSocket and HTTP, waits in line, and what has taken long lets
     others go first. It also waits while too much is pending in the room that it is for.
     `already` is what has been spent on it, in seconds.
     """
-    share, line = share_of(address)
-    await line.acquire()
-    while room and room.timer and room.pending_bytes > PENDING_BYTES:
-        line.release()  # others of this address may go on, in other rooms
-        await asyncio.sleep(room.timer.when() - asyncio.get_running_loop().time())
-        await line.acquire()
-    try:
-        await share.paid()
-        started = time.perf_counter() - already
+
+    def __init__(self, address: str, room: Room | None = None, already: float = 0.0):
+        self.share, self.line = share_of(address)
+        self.room, self.already = room, already
+
+    async def __aenter__(self) -> None:
+        room, loop = self.room, asyncio.get_running_loop()
+        await self.line.acquire()
+        while room and room.timer and room.pending_bytes > PENDING_BYTES:
+            self.line.release()  # others of this address may go on, in other rooms
+            await asyncio.sleep(room.timer.when() - loop.time())
+            await self.line.acquire()
         try:
-            yield
-        finally:
-            took = time.perf_counter() - started
-            share.spend(took)
-    finally:
-        line.release()
-    if took > limits["SHARE"] / 1_000:  # a thousandth of its share of a second
-        await asyncio.sleep(0)  # until the event loop's next turn: others go first
+            await self.share.paid()
+        except asyncio.CancelledError:  # its connection has ended
+            self.line.release()
+            raise
+        self.started = time.perf_counter() - self.already
+
+    async def __aexit__(self, *_) -> None:
+        took = time.perf_counter() - self.started
+        self.share.spend(took)
+        self.line.release()
+        if took > limits["SHARE"] / 1_000:  # a thousandth of its share of a second
+            await asyncio.sleep(0)  # until the event loop's next turn: others go first
 
 
 @lru_cache(30_000)
@@ -889,7 +898,7 @@ async def join_page():
 
 @app.post("/r/<code>")
 async def create(code: str):
-    """Open the room whose code the home page has put into the path, where a proxy can see it, too."""
+    """Open the room whose code the home page has put into the path: a proxy can choose by that."""
     if not is_code(code):
         return await home("That is not a code", "Create a room to get one.", 409)
     create_room(code, address_of(request))
@@ -963,8 +972,8 @@ async def run(listener: socket.socket, first: str = "") -> None:
 
     async def stopped() -> None:
         """Wait for the end; Hypercorn calls this when it listens, and stops when it returns."""
-        with listener:  # of which it has a copy
-            listener.listen(1024)  # so many may wait
+        with listener:  # Hypercorn has a copy
+            listener.listen(1024)  # so many may wait; it has set that to config.backlog
         await stopping.wait()
         later(4, os._exit, 0)  # the last resort: a peer that never reads blocks a close
         for outbox in list(outboxes):

@@ -65,9 +65,10 @@ HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 BLANK = re.compile("[\u3164\u115f\u1160\uffa0\u2800\u034f\u17b4\u17b5\ufffc\U00016fe4\U0001d159]")
 GOOD_JOINER = re.compile("(?<=[^\x00-\x7f])[\u200c\u200d](?=[^\x00-\x7f])")
 VARIANT = re.compile("[\u200c\u200d\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
-# A text with more than 30 marks in a row stays as it is: to put n of them into the order of NFC
-# takes n² steps, 0.1 s for what fits into one frame.
+# A text that may have more than 30 marks in a row stays as it is: to put n of them into the order
+# of NFC takes n² steps, 0.1 s for what fits into one frame.
 STACKED = re.compile(r"[^\w\s\x00-\x7f]{31}")
+EMPTY_LINES = re.compile("\n(?:[^\\S\n]*\n){3,}")
 PIECES = re.compile(  # code blocks, code and links: re.split puts them at the odd indices
     r"""(```.*?```\n?|`[^`\n]+`|https?://(?:\([^\s<>"()]*\)|[^\s<>"()])*"""
     r"""(?:\([^\s<>"()]*\)|[^\s<>"'.,;:!?()\]}]))""",  # Foo_(bar) whole, but no bracket around it
@@ -81,13 +82,13 @@ def clean(text: str) -> str:
     text = HIDDEN.sub("", text)
     if not STACKED.search(text):
         text = unicodedata.normalize("NFC", text)
-    return re.sub("\n(?:[^\\S\n]*\n){3,}", "\n\n", text.strip("\n"))
+    return EMPTY_LINES.sub("\n\n", text.strip("\n"))
 
 
 def usable_name(raw: str) -> str:
     """Return a name as it will be shown; ValueError says why it cannot be used.
 
-    Not covered is what looks alike in one alphabet, such as AIice with a capital I.
+    Not covered is what looks alike without a mix of alphabets, such as AIice with a capital I.
     """
     name = unicodedata.normalize("NFKC", raw[:100])  # which can make 18 characters of one
     name = re.sub(" +", " ", name.strip())
@@ -101,7 +102,7 @@ def usable_name(raw: str) -> str:
     if "MMM" in kinds:
         raise ValueError("This name has too many marks on one letter.")
     scripts = {unicodedata.name(letter, "").split(" ")[0] for letter in name if letter.isalpha()}
-    if "LATIN" in scripts and scripts & {"CYRILLIC", "GREEK"}:
+    if "LATIN" in scripts and scripts & {"CYRILLIC", "GREEK", "COPTIC", "CHEROKEE", "LISU"}:
         raise ValueError("This name mixes two alphabets that look alike. Use one of them.")
     return name
 
@@ -211,11 +212,8 @@ def install(app: Quart, connections: float) -> None:
     http_1.H11Protocol._check_protocol = stay_with_http_1
     http_1.WSStream = Stream
     app.asgi_websocket_class = Connection
-    # Python looks for garbage whenever there are 700 new objects, and at times among all there are:
-    # with 2,000 members everybody waits for 0.3 s. Of what we do, only connections and requests
-    # leave any, so it is collected after so many of these: see Server.tidy.
-    gc.freeze()  # what has been imported is not looked through again
-    gc.set_threshold(1_000_000)  # new objects, in case there is something else
+    gc.freeze()  # tidy need not look through what has been imported
+    gc.set_threshold(1_000_000)  # new objects, in case that there is other garbage than tidy's
 
 
 def harden(listener: socket.socket) -> None:
@@ -235,6 +233,21 @@ def harden(listener: socket.socket) -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
 
 
+ended = 0  # connections and requests
+
+
+def tidy() -> None:
+    """Collect garbage after so many connections and requests: talk leaves none.
+
+    Without: Python does so after every few hundred new objects, and at times goes through all there
+    are: everybody waits, for 0.3 s with 2,000 members.
+    """
+    global ended
+    ended += 1
+    if ended % 500 == 0:
+        gc.collect(2 if ended % 3_000 == 0 else 1)  # all generations, or the young ones
+
+
 class Server(tcp_server.TCPServer):
     """A TCP connection. Without: 1 MB waits in front of each handler that is slower than its peer;
     a dead phone (TimeoutError) is logged as an error of our own, with a traceback; and 3,300
@@ -242,15 +255,6 @@ class Server(tcp_server.TCPServer):
 
     open: ClassVar[Counter[str]] = Counter()  # connections by peer
     most: float  # of one peer, see install
-    ended: ClassVar[int] = 0  # connections, and requests, since garbage was collected
-
-    @classmethod
-    def tidy(cls) -> None:
-        """Count one that ends. After 500, or half as many as are connected, collect garbage."""
-        cls.ended += 1
-        if cls.ended >= max(500, cls.open.total() / 2):
-            cls.ended = 0
-            gc.collect()
 
     async def run(self) -> None:
         self.writer.transport.set_write_buffer_limits(0)  # wait as soon as the kernel's is full
@@ -260,13 +264,13 @@ class Server(tcp_server.TCPServer):
             return self.writer.transport.abort()
         self.open[peer] += 1
         try:
-            with suppress(OSError):
+            with suppress(OSError):  # which its _close raises, in place of what has ended it
                 await super().run()
         finally:
             self.open[peer] -= 1
             if not self.open[peer]:
                 del self.open[peer]
-            self.tidy()
+            tidy()
 
     async def _read_data(self) -> None:
         await super()._read_data()
@@ -284,7 +288,6 @@ class Requests(h11.Connection):
             raise h11.RemoteProtocolError("too many headers", error_status_hint=431)
         event = super().next_event()
         if isinstance(event, h11.Request):
-            Server.tidy()
             headers = dict(event.headers)
             host = headers.get(b"host", b"-")
             fine = (
@@ -298,6 +301,7 @@ class Requests(h11.Connection):
             )
             if not fine:
                 raise h11.RemoteProtocolError("not a request of any browser", error_status_hint=400)
+            tidy()
         return event
 
 
@@ -330,8 +334,9 @@ class Stream(ws_stream.WSStream):
     """Drops all that comes from a peer that has broken a rule. To end it is the application's part:
     it is given what is too large cut short, or a code and a reason in place of a frame.
 
-    Without: after 1009 the buffer grew on (180 MB sent, 170 MB taken), and one connection with
-    empty pings or one-byte fragments at 440 kB/s made everybody else wait for 12 s.
+    Without: after 1009 the buffer grew on (180 MB sent, 170 MB taken), one connection with empty
+    pings or one-byte fragments at 440 kB/s made everybody else wait for 12 s, and who was refused
+    a handshake could stay for ever.
     """
 
     def __init__(self, *args) -> None:
@@ -352,15 +357,19 @@ class Stream(ws_stream.WSStream):
                 while not queue.empty():
                     queue.get_nowait()
         await super().handle(event)
+        if self.closed and not isinstance(event, StreamClosed):  # it has refused the handshake
+            await self.send(StreamClosed(stream_id=self.stream_id))
 
     async def _handle_events(self) -> None:
         """Do as Hypercorn 0.18.0 does, but look at each event before it takes effect."""
         for event in self.connection.events():
             if self.closed or self.broken:
                 return
-            # Messages are counted where they are read; this is what the application never sees.
-            fragment = isinstance(event, Message) and not event.message_finished
-            if not isinstance(event, Message) or (fragment and event.frame_finished):
+            # Count what the application never sees. A message is counted where it is read, and a
+            # large frame comes in parts, each an event.
+            whole = isinstance(event, Message) and event.message_finished
+            part = isinstance(event, Message) and not event.frame_finished
+            if not whole and not part:
                 self.frames.spend(1)
                 if self.frames.left() < 0:
                     self.broken = True

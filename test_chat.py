@@ -716,13 +716,15 @@ async def test_a_long_history_comes_in_frames_of_bounded_size(tab, join):
     assert max(sizes) <= chat.FRAME_SIZE
 
 
-async def test_who_is_lost_makes_way_for_who_is_here(join, monkeypatch):
-    monkeypatch.setitem(limits, "MEMBERS", 2)
-    ann, bob = await join("Ann"), await join("Bob")
+async def test_who_was_lost_first_makes_way_for_who_is_here(join, monkeypatch):
+    monkeypatch.setitem(limits, "MEMBERS", 3)
+    ann, bob, cy = await join("Ann"), await join("Bob"), await join("Cy")
     await bob.loses_connection()
-    await join("Cy")
-    await ann.hears("Bob</bdi> left")
-    assert [member.name for member in chat.rooms["PARTY2"].members.values()] == ["Ann", "Cy"]
+    await ann.loses_connection()
+    await join("Dan")
+    await cy.hears("Bob</bdi> left")
+    members = chat.rooms["PARTY2"].members.values()
+    assert [member.name for member in members] == ["Ann", "Cy", "Dan"]
 
 
 @pytest.mark.parametrize(

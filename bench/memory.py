@@ -39,7 +39,7 @@ def worst_case(rooms: int, sockets: int) -> dict[str, float]:
     limits = chat.limits
     frame = max(chat.FRAME_SIZE, LARGEST_ENTRY)
     parts = {
-        "connections": sockets * (48 + 8) * 1024,  # and what half as many leave, see guards.py
+        "connections": sockets * (48 + 11) * 1024,  # and the garbage of 1,500
         "ids and histories": 2 * sockets * chat.IDS_REMEMBERED * ID
         + rooms * (limits["HISTORY_BYTES"] + limits["HISTORY"] * HEAD),
         "in flight": sockets / 2 * frame * (WIDE + 2),  # a str, the frame, the transport's copy

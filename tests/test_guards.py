@@ -28,6 +28,7 @@ import guards
         ("a\u0316\u0317\u0318", "too many marks"),
         ("\u0410nn", "two alphabets"),  # a Cyrillic A
         ("\u0391nn", "two alphabets"),  # a Greek one
+        ("\ua4eenn", "two alphabets"),  # a Lisu one
         ("\u0410" + " " * 50 + "\U0001d5c7", "two alphabets"),  # Latin after NFKC
     ],
 )

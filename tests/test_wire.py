@@ -139,6 +139,25 @@ async def test_whose_frame_is_too_large_has_left(server):
     await hears(bob, "Ann</bdi> left")
 
 
+@pytest.mark.parametrize(
+    ("key", "early"),
+    [
+        ("", b""),
+        ("Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n", b"x"),
+    ],
+    ids=["without a key", "with a byte before the answer"],
+)
+async def test_who_is_refused_a_handshake_cannot_stay(standing, key, early):
+    reader, writer = await asyncio.open_connection("127.0.0.1", standing.port)
+    writer.write(
+        b"GET /r/PARTY2/ws HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: http://127.0.0.1\r\n"
+        b"Connection: Upgrade\r\nUpgrade: websocket\r\n" + key.encode() + b"\r\n" + early
+    )
+    async with asyncio.timeout(5):
+        assert b" 400 " in await reader.read()  # which is all until the end
+    writer.close()
+
+
 async def test_a_request_has_no_body(server):
     """So that nobody has to wait for its end: 3,300 that never ended took 216 MB."""
     answer = await http(server, "POST /r/KWR4TN HTTP/1.1", "Content-Length: 5")
