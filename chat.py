@@ -32,7 +32,7 @@ The words:
              the entry that it has seen last. To come back and be given that is to resume
     token    signed proof of having been in a room; comes with the snapshot, is shown to come back
     evict    to hang up on a member that is too slow; it comes back by itself, and resumes
-    turn     what comes from one address waits in line; when it is its turn, we see to it
+    turn     the one time that something of an address may keep us busy; all else of it waits in line
 """
 
 import argparse
@@ -87,7 +87,7 @@ SETTINGS = {  # in the environment, as in CHAT_MEMBERS=40: the default, and what
     "HISTORY": (200, "messages that a room remembers"),
     "HISTORY_BYTES": (65_536, "bytes that these may take"),
     "OUTBOX_BYTES": (98_304, "bytes that may wait for one slow member, beside its snapshot"),
-    "FRAMES_PER_SECOND": (14_000, "the pace of a room: frames to all its members together"),
+    "FRAMES_PER_SECOND": (13_000, "the pace of a room: frames to all its members together"),
     "BEAT": (20.0, "seconds from one heartbeat to the next; silent for 2.5 of them is lost"),
     "GRACE": (120.0, "seconds to come back after losing the connection: phones freeze tabs"),
     "PROXIES": (0, "proxies in front, whose X-Forwarded-For and -Proto are believed"),
@@ -152,7 +152,7 @@ for name, (default, _) in SETTINGS.items():
         value = limits[name] = kind(told)
     except ValueError:
         value = math.nan  # which is not above 0
-    if kind is not str and value != default and not 0 < value < math.inf:
+    if kind is not str and value != default and not 0 < value < math.inf:  # a default may be 0
         number = "a whole number" if kind is int else "a number"
         print(f"CHAT_{name} has to be {number} above 0, not {told!r}.", file=sys.stderr)
         sys.exit(2)  # deploy/chat.service knows by this that to try again does not help
@@ -196,7 +196,7 @@ class Member:
     hue: int  # of its name, 0 to 15: the least used in its room
     allowance: Allowance  # kept when it comes back, or to do so would refill it
     outbox: Outbox | None = None  # None while reconnecting
-    leaving: asyncio.TimerHandle | None = None  # set when it is lost: it may come back until then
+    leaving: asyncio.TimerHandle | None = None  # set once it was lost: it may come back until then
     posted: deque[int] = field(default_factory=lambda: deque(maxlen=IDS_REMEMBERED))  # hashed
 
 
@@ -267,7 +267,7 @@ def post(room: Room, macro, **values) -> None:
 
 
 def wake(room: Room, fragment: str) -> None:
-    """Have a fragment handed out: after the room's rest or, if it is idle, in the loop's next turn.
+    """Have a fragment handed out: after the room's rest or, if it is idle, in the loop's next pass.
 
     Not at once, so that ten messages that arrive together go out together.
     """
@@ -287,7 +287,7 @@ def hand_out(room: Room) -> None:
     room.pending, room.pending_bytes = [], 0
     room.handed_out = room.seq
     room.timer = None
-    if not frame:
+    if not frame:  # nothing has come while it rested: it is idle
         return
     connected = [member.outbox for member in room.members.values() if member.outbox]
     work = len(connected) * (1 + len(frame) / DOUBLE_WORK)  # in short frames
@@ -295,7 +295,7 @@ def hand_out(room: Room) -> None:
 
 
 def deliver(room: Room, batch: list[str], receivers: list[Outbox], rest_until: float) -> None:
-    """Put a batch into outboxes, a few in each turn of the loop: other rooms come in between.
+    """Put a batch into outboxes, a few in each pass of the loop: other rooms come in between.
 
     Who enters in between is no receiver, but has the batch in its snapshot: it is `handed_out`.
     """
@@ -377,7 +377,7 @@ def create_room(code: str, address: str = "") -> Room:
 
 
 def close_room(room: Room) -> None:
-    """Forget a room. Of its timers only this one matters still: it would close the next one here."""
+    """Forget a room. Its timers may run out, but for one, which would close a later room here."""
     room.unentered.cancel()
     del rooms[room.code]
 
@@ -393,7 +393,7 @@ def enter(member: Member, outbox: Outbox, after: int) -> None:
     room.unentered.cancel()
     if member.outbox:
         hang_up(member.outbox, 4409, "You opened this chat in another tab.")
-    if member.leaving:  # set by lose: just now, by hang_up, or before
+    if member.leaving:  # set by lose: in the hang_up above, or earlier
         member.leaving.cancel()
     room.members[member.id] = member
     member.outbox, member.address = outbox, outbox.address
@@ -407,11 +407,11 @@ def snapshot(member: Member, after: int) -> list[str]:
     forgotten, a line that says so, and what was said since."""
     room = member.room
     token = signer.dumps([room.code, room.start, RUN, member.id, member.name])
-    # What was said up to `complete` may be forgotten. What is pending is not lost: if 101 to 320 are,
-    # and the history has 121 to 320, `complete` is 100.
+    # All messages after `complete` are in the history, or pending. (If 101 to 320 are pending, and the
+    # history has 121 to 320, that is 100.)
     complete = min(room.forgotten, room.handed_out)
     gap = []
-    if after and not complete <= after <= room.handed_out:  # away too long, or of another run
+    if after and not complete <= after <= room.handed_out:  # away too long, or not of this room
         gap = [str(fragments.gap(complete, restarted=after < room.start))]
         after = complete
     entries = sorted([*room.history, *room.notices])
@@ -522,7 +522,7 @@ def in_frames(batch: list[str]) -> Iterator[str]:
 
 
 def beat(outbox: Outbox) -> None:
-    """Send a heartbeat, which a silent page answers; hang up on who has been silent for too long.
+    """Send a heartbeat, which a page that says nothing else answers; hang up on who is silent.
 
     It lets a browser tell an idle room from a dead line. The server sets the pace, because the
     timers of a hidden tab are slow.
@@ -543,7 +543,7 @@ async def receive(code: str, outbox: Outbox, ws) -> None:
     try:
         while True:
             frame = parse(await ws.receive(), outbox.allowance)
-            hello_by, outbox.deadline = outbox.deadline, math.inf  # for now it is we who are slow
+            hello_by, outbox.deadline = outbox.deadline, math.inf  # until we are done, we are slow
             await outbox.allowance.paid()
             async with turn(outbox.address, outbox.member and outbox.member.room):
                 if not outbox.end:  # else the page says its messages again on its next connection
@@ -627,9 +627,8 @@ def say(member: Member, id: str, text: str) -> None:
     key = hash(id)  # smaller to remember
     if key in member.posted:  # sent again, because the echo had not reached it
         mark = f'data-from="{member.id}" data-id="{id}"'  # as fragments.html writes it
-        if not any(
-            mark in entry for entry in member.room.pending
-        ):  # while it is, its echo will come
+        pending = any(mark in entry for entry in member.room.pending)
+        if not pending:  # else the echo is still to come
             send(member.outbox, [str(fragments.verdict(id, "confirmed", ""))])
         return
     text = guards.clean(text)
@@ -668,14 +667,14 @@ def join(code: str, raw_name: str, outbox: Outbox) -> None:
 
 
 def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
-    """Let somebody in who was in a room before, even before a restart, and resume.
+    """Let somebody in who was in a room before, and resume; with CHAT_SECRET also after a restart.
 
     Close: 4401 not a token of this room, 4404 closed, 4403 removed or locked, 1013 a limit.
     """
     try:
         of_code, start, run, id, name = signer.loads(token)
     except (BadSignature, TypeError, ValueError):
-        of_code = None  # forged, or signed with the secret of another start
+        of_code = None  # forged, or signed with the secret of another start: refused just below
     room = rooms.get(code)
     # Neither of another room, nor of an earlier one with this code.
     if of_code != code or (room and run == RUN and start != room.start):
@@ -685,8 +684,8 @@ def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
         restarted = False
     elif room:  # has been opened again already, and begins with that moment, in ms
         restarted = now - room.start / 1000 < limits["GRACE"]
-    else:  # can be opened again, for a while after the first token of that run; not after our own
-        # start: it may be of another process, which has died while we have been here
+    else:  # opened again for a while after the first token of that run; we may have been here for
+        # longer, if that was another process, which has died
         restarted = now - other_runs.setdefault(run, now) < limits["GRACE"]
     if not room and not restarted:
         raise Close(4404, "This room has closed.")
@@ -715,7 +714,7 @@ def add_member(room: Room, id: str, name: str, outbox: Outbox, after=0, restarte
     lost = [member for member in others if not member.outbox]
     if len(others) - len(lost) >= limits["MEMBERS"]:
         raise Close(4503, "This room is full.")
-    # Lost ones count, too, or to say hello and hang up, a thousand times, would fill the server.
+    # Lost ones count, too: else a thousand times a hello and no more would fill the server.
     if sum(len(each.members) for each in rooms.values()) >= 2 * limits["SOCKETS"]:
         raise Close(4503, "This server is full. Try again later.")
     why = "Too many have joined from your network. Try again in a few minutes."
@@ -731,8 +730,8 @@ def add_member(room: Room, id: str, name: str, outbox: Outbox, after=0, restarte
 
 
 # ── Strangers ────────────────────────────────────────────────────────────────────────────────────
-# They are told apart by address. The caches bound the memory: who has long done nothing is
-# forgotten first.
+# They are told apart by address. What is known of an address is in caches, to bound the memory: who
+# has long done nothing is forgotten first.
 
 
 def address_of(client) -> str:
@@ -751,8 +750,8 @@ class turn:
     """async with: wait until an address may keep us busy; then measure and charge for how long it does.
 
     What comes from one address, by WebSocket and HTTP, waits in line, and what has taken long lets
-    others go first. It also waits while too much is pending in the room that it is for.
-    `already` is what has been spent on it, in seconds.
+    others go first. It also waits while too much is pending in the room that it is for. What is done
+    then waits for nothing, so that the time is its own. `already` was spent before, in seconds.
     """
 
     def __init__(self, address: str, room: Room | None = None, already: float = 0.0):
@@ -778,7 +777,7 @@ class turn:
         self.share.spend(took)
         self.line.release()
         if took > limits["SHARE"] / 1_000:  # a thousandth of its share of a second
-            await asyncio.sleep(0)  # until the event loop's next turn: others go first
+            await asyncio.sleep(0)  # until the event loop's next pass: others go first
 
 
 @lru_cache(30_000)
@@ -799,7 +798,7 @@ def charge(tokens: int, limit: str, address: str, refusal: Close) -> None:
 def find_room(code: str, address: str) -> Room | None:
     """Return the room with this code, if there is one; Close 1008 after too many wrong codes.
 
-    Then even for a right code, or whoever tries them all would still find the rooms. But not at an
+    Then for a right code, too: else whoever tries them all would still find the rooms. But not at an
     address that has created the room, or that has a member in it.
     """
     room = rooms.get(code)
@@ -898,7 +897,7 @@ async def join_page():
 
 @app.post("/r/<code>")
 async def create(code: str):
-    """Open the room whose code the home page has put into the path: a proxy can choose by that."""
+    """Open the room of the path, where the home page has put a code: proxies choose a process by it."""
     if not is_code(code):
         return await home("That is not a code", "Create a room to get one.", 409)
     create_room(code, address_of(request))
@@ -955,7 +954,7 @@ async def refusal_page(close: Close):
 
 @app.errorhandler(HTTPException)
 async def error_page(error: HTTPException):
-    if has_websocket_context():  # a handshake to nowhere: no page for it, and not for free
+    if has_websocket_context():  # a handshake to nowhere, in no turn yet: not for free, and no page
         async with turn(address_of(websocket), already=HANDSHAKE):
             return error.name, error.code
     return await home(error.name, error.description, error.code)
@@ -973,19 +972,19 @@ async def run(listener: socket.socket, first: str = "") -> None:
     async def stopped() -> None:
         """Wait for the end; Hypercorn calls this when it listens, and stops when it returns."""
         with listener:  # Hypercorn has a copy
-            listener.listen(1024)  # so many may wait; it has set that to config.backlog
+            listener.listen(1024)  # so many may wait, and not only config.backlog, as Hypercorn set
         await stopping.wait()
         later(4, os._exit, 0)  # the last resort: a peer that never reads blocks a close
         for outbox in list(outboxes):
             hang_up(outbox, 1012, RESTART)
 
-    if first:  # the one that the terminal shows: it waits for its first member without an end
+    if first:  # the one that the terminal shows: it does not close by itself
         create_room(first).unentered.cancel()
     # One peer may have so many connections; a proxy is no stranger, and has limits of its own.
     guards.install(app, math.inf if limits["PROXIES"] else 2 * limits["SOCKETS_PER_ADDRESS"])
     config = Config()
     config.bind = [f"fd://{listener.dup().detach()}"]
-    config.backlog = 4  # asyncio accepts so many in one turn of the loop: a thousand would stop it
+    config.backlog = 4  # asyncio accepts so many in one pass of the loop: a thousand would stop it
     config.websocket_max_message_size = LARGEST_FRAME
     config.loglevel, config.include_server_header = "WARNING", False
     await serve(app, config, shutdown_trigger=stopped)
