@@ -17,6 +17,7 @@ least and the most.
 
 import argparse
 import asyncio
+import gc
 import os
 import re
 import signal
@@ -271,6 +272,7 @@ def compare(case: str, servers: list[str], rounds: int) -> None:
     measured = {server: [] for server in servers}
     for _ in range(rounds):
         for server in servers:
+            gc.collect()
             measured[server].append(asyncio.run(CASES[case](server)))
     progress("")
     print("\r", end="")
@@ -295,6 +297,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     os.sched_setaffinity(0, {1})  # the server has core 0
+    gc.disable()  # or the stops of this process would be measured as the server's
     for case in options.only:
         others = options.against if case[0].isdigit() else [*{*options.against} - {"tutorial"}]
         compare(case, [str(HERE), *others], options.rounds)
