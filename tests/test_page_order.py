@@ -71,6 +71,7 @@ async def test_anybody_can_hide_somebody_for_oneself(join):
     await writes(ann, "fence")
     await shows(ann, "fence")
     assert await ann.locator("#log .text:visible").all_inner_texts() == ["fence"]
+    await shows(bob, "fence")
     assert await messages(bob) == ["before", "after", "fence"]  # nobody else notices
     await ann.click("#people button")
     await ann.click("text=Show their messages")

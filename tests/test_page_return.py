@@ -61,6 +61,7 @@ async def test_a_message_whose_echo_was_lost_in_a_restart_is_shown_once(server, 
         await shows(ann, "said once")
         await writes(bob, "fence")
         await shows(ann, "fence")
+        await shows(bob, "fence")
         assert await messages(ann) == await messages(bob) == ["said once", "fence"]
 
 

@@ -23,6 +23,7 @@ async def test_two_people_meet_and_talk(tab):
     await shows(bob, "hi Bob")
     await writes(bob, "<b>hi</b> Ann")
     await shows(ann, "<b>hi</b> Ann")
+    await shows(bob, "<b>hi</b> Ann")  # its echo may come later than to Ann
     assert (
         await messages(ann)
         == await messages(bob)
