@@ -5,6 +5,7 @@ network can do to it is tried in tests/: on a real server, in a real browser, be
 """
 
 import asyncio
+import contextlib
 import gzip
 import html
 import re
@@ -999,6 +1000,19 @@ BAD_FRAMES = [
     '{"a":' * 3_000,
     b"\x00\x01",
 ]
+
+
+async def test_of_two_reasons_to_end_a_connection_the_first_counts(join, monkeypatch):
+    async def stuck(outbox, ws, relay=chat.relay):
+        with contextlib.suppress(chat.Close):
+            await relay(outbox, ws)
+        await asyncio.sleep(2)
+
+    monkeypatch.setattr(chat, "relay", stuck)
+    ann = await join("Ann")
+    chat.hang_up(next(iter(chat.outboxes)), 1013, "The page comes back.")
+    await ann.socket.send("what is no frame")
+    assert await ann.is_closed() == 1013
 
 
 @pytest.mark.parametrize("frame", BAD_FRAMES, ids=lambda frame: repr(frame)[:30])
