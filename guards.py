@@ -357,7 +357,7 @@ class Stream(ws_stream.WSStream):
                 while not queue.empty():
                     queue.get_nowait()
         await super().handle(event)
-        if self.closed and not isinstance(event, StreamClosed):  # it has refused the handshake
+        if self.closed and not isinstance(event, StreamClosed):  # perhaps it refused the handshake
             await self.send(StreamClosed(stream_id=self.stream_id))
 
     async def _handle_events(self) -> None:
