@@ -32,7 +32,7 @@ The words:
              the entry that it has seen last. To come back and be given that is to resume
     token    signed proof of having been in a room; comes with the snapshot, is shown to come back
     evict    to hang up on a member that is too slow; it comes back by itself, and resumes
-    turn     the one time that something of an address may keep us busy; all else of it waits in line
+    turn     one frame or request of an address is worked on, while its others wait in line
 """
 
 import argparse
@@ -79,7 +79,7 @@ SETTINGS = {  # in the environment, as in CHAT_MEMBERS=40: the default, and what
     "SHARE": (0.25, "share of the server's time that one address may take; then it waits"),
     "MEMBERS": (250, "members of a room"),
     "SOCKETS": (2_000, "connections in all"),
-    "SOCKETS_PER_ADDRESS": (250, "connections of one address; its joins at once and in 10 minutes"),
+    "SOCKETS_PER_ADDRESS": (250, "connections of one address; also joins, as for NEW_ROOMS"),
     "ROOMS": (1_000, "rooms"),
     "NEW_ROOMS": (30, "rooms that one address can create at once, and again in ten minutes"),
     "WRONG_CODES": (60, "wrong codes from one address at once, and again in ten minutes"),
@@ -135,7 +135,7 @@ class Close(Exception):
 
 class Chat(Quart):
     async def handle_request(self, request):
-        """Answer a request, when it is the turn of its address."""
+        """Answer a request (and no WebSocket) when it is the turn of its address."""
         async with turn(address_of(request)):
             response = await super().handle_request(request)
         response.headers.setdefault("Cache-Control", "no-store")
@@ -160,7 +160,7 @@ if 0 < len(limits["SECRET"]) < 16:
     print("CHAT_SECRET has to have 16 characters or more, or it can be guessed.", file=sys.stderr)
     sys.exit(2)
 
-LARGEST_FRAME = 8 * limits["MESSAGE_LENGTH"] + 384  # bytes; a character of our page takes at most 6
+LARGEST_FRAME = 8 * limits["MESSAGE_LENGTH"] + 384  # bytes; our page takes 6 a character at most
 signer = URLSafeSerializer(limits["SECRET"] or secrets.token_hex(), salt="member")  # of tokens
 
 
@@ -196,7 +196,7 @@ class Member:
     hue: int  # of its name, 0 to 15: the least used in its room
     allowance: Allowance  # kept when it comes back, or to do so would refill it
     outbox: Outbox | None = None  # None while reconnecting
-    leaving: asyncio.TimerHandle | None = None  # set once it was lost: it may come back until then
+    leaving: asyncio.TimerHandle | None = None  # when it is lost: it may come back until then
     posted: deque[int] = field(default_factory=lambda: deque(maxlen=IDS_REMEMBERED))  # hashed
 
 
@@ -297,7 +297,7 @@ def hand_out(room: Room) -> None:
 def deliver(room: Room, batch: list[str], receivers: list[Outbox], rest_until: float) -> None:
     """Put a batch into outboxes, a few in each pass of the loop: other rooms come in between.
 
-    Who enters in between is no receiver, but has the batch in its snapshot: it is `handed_out`.
+    Who enters in between is no receiver, but has its entries in the snapshot: they are `handed_out`.
     """
     first, others = receivers[:OUTBOXES_AT_ONCE], receivers[OUTBOXES_AT_ONCE:]
     if others:
@@ -324,7 +324,7 @@ def send(outbox: Outbox, batch: list[str]) -> None:
     size = sum(map(sys.getsizeof, batch))
     if outbox.bytes and outbox.bytes + size > limits["OUTBOX_BYTES"]:
         while not outbox.empty():
-            outbox.get_nowait()  # what of it is in the log comes again with the next snapshot
+            outbox.get_nowait()  # the next snapshot has what of it is in the log
         return hang_up(outbox, 1013, "You were too slow. Come back and resume.")
     outbox.bytes += size
     outbox.put_nowait((batch, size))
@@ -355,8 +355,8 @@ def add_presence(room: Room) -> None:
 def create_room(code: str, address: str = "") -> Room:
     """Open a room for an address, or return the one that is there (a double click, a school class).
 
-    Close: 1008 if the address has opened too many, even if the room is there, or it could find out
-    in this way which codes are taken; 4503 if there are too many rooms.
+    Close: 1008 if the address has opened too many, even if the room is there (else it could find out
+    in this way which codes are taken); 4503 if there are too many rooms.
     """
     why = "Your network has created many rooms. Wait a minute, and try again."
     room = rooms.get(code)
@@ -403,8 +403,8 @@ def enter(member: Member, outbox: Outbox, after: int) -> None:
 
 
 def snapshot(member: Member, after: int) -> list[str]:
-    """Return a welcome, and what was handed out after this entry; if messages of that are
-    forgotten, a line that says so, and what was said since."""
+    """Return a welcome, and what was handed out after this entry; if that is forgotten, or was in
+    another run, a line that says so, and what was said since."""
     room = member.room
     token = signer.dumps([room.code, room.start, RUN, member.id, member.name])
     # All messages after `complete` are in the history, or pending. (If 101 to 320 are pending, and the
@@ -543,7 +543,7 @@ async def receive(code: str, outbox: Outbox, ws) -> None:
     try:
         while True:
             frame = parse(await ws.receive(), outbox.allowance)
-            hello_by, outbox.deadline = outbox.deadline, math.inf  # until we are done, we are slow
+            hello_by, outbox.deadline = outbox.deadline, math.inf  # for now it is not its silence
             await outbox.allowance.paid()
             async with turn(outbox.address, outbox.member and outbox.member.room):
                 if not outbox.end:  # else the page says its messages again on its next connection
@@ -617,7 +617,7 @@ def act(member: Member, frame: dict) -> None:
         case {"remove": str(id)} if host and id in room.members:
             remove(room.members[id])
         case {"here": int()} | {"lock": bool()} | {"remove": str()}:
-            pass  # a heartbeat's answer; or said by who is not host (any more), or of who has left
+            pass  # a heartbeat's answer, its number unused; by who is not host (now); of who has left
         case _:
             raise Close(1008, "That is not a frame of this chat.")
 
@@ -628,7 +628,7 @@ def say(member: Member, id: str, text: str) -> None:
     if key in member.posted:  # sent again, because the echo had not reached it
         mark = f'data-from="{member.id}" data-id="{id}"'  # as fragments.html writes it
         pending = any(mark in entry for entry in member.room.pending)
-        if not pending:  # else the echo is still to come
+        if not pending:  # else the echo is still to come (and to confirm what comes is harmless)
             send(member.outbox, [str(fragments.verdict(id, "confirmed", ""))])
         return
     text = guards.clean(text)
@@ -684,8 +684,8 @@ def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
         restarted = False
     elif room:  # has been opened again already, and begins with that moment, in ms
         restarted = now - room.start / 1000 < limits["GRACE"]
-    else:  # opened again for a while after the first token of that run; we may have been here for
-        # longer, if that was another process, which has died
+    else:  # may be opened again for a while after we first saw a token of that run (and not after
+        # our start: a proxy may bring us the rooms of another process, which has died)
         restarted = now - other_runs.setdefault(run, now) < limits["GRACE"]
     if not room and not restarted:
         raise Close(4404, "This room has closed.")
@@ -743,7 +743,7 @@ def address_of(client) -> str:
 
 @lru_cache(10_000)
 def share_of(address: str) -> tuple[Allowance, asyncio.Lock]:
-    return Allowance(limits["SHARE"], 10 * limits["SHARE"]), asyncio.Lock()
+    return Allowance(rate=limits["SHARE"], burst=10 * limits["SHARE"]), asyncio.Lock()  # seconds
 
 
 class turn:
@@ -971,14 +971,14 @@ async def run(listener: socket.socket, first: str = "") -> None:
 
     async def stopped() -> None:
         """Wait for the end; Hypercorn calls this when it listens, and stops when it returns."""
-        with listener:  # Hypercorn has a copy
+        with listener:  # Hypercorn has a copy, see below
             listener.listen(1024)  # so many may wait, and not only config.backlog, as Hypercorn set
         await stopping.wait()
         later(4, os._exit, 0)  # the last resort: a peer that never reads blocks a close
         for outbox in list(outboxes):
             hang_up(outbox, 1012, RESTART)
 
-    if first:  # the one that the terminal shows: it does not close by itself
+    if first:  # the one that the terminal shows: it may wait longer for its first member
         create_room(first).unentered.cancel()
     # One peer may have so many connections; a proxy is no stranger, and has limits of its own.
     guards.install(app, math.inf if limits["PROXIES"] else 2 * limits["SOCKETS_PER_ADDRESS"])
