@@ -617,7 +617,7 @@ def act(member: Member, frame: dict) -> None:
         case {"remove": str(id)} if host and id in room.members:
             remove(room.members[id])
         case {"here": int()} | {"lock": bool()} | {"remove": str()}:
-            pass  # a heartbeat's answer, its number unused; by who is not host (now); of who has left
+            pass  # a heartbeat's answer; or by who is no host (any more), or about who has left
         case _:
             raise Close(1008, "That is not a frame of this chat.")
 

@@ -233,7 +233,7 @@ def harden(listener: socket.socket) -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
 
 
-ended = 0  # connections and requests
+ended = 0  # how many connections and requests have; see tidy
 
 
 def tidy() -> None:
