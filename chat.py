@@ -42,6 +42,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import secrets
 import signal
@@ -88,7 +89,7 @@ SETTINGS = {  # in the environment, as in CHAT_MEMBERS=40: the default, and what
     "HISTORY_BYTES": (65_536, "bytes that these may take"),
     "OUTBOX_BYTES": (98_304, "bytes that may wait for one slow member, beside its snapshot"),
     "FRAMES_PER_SECOND": (13_000, "the pace of a room: frames to all its members together"),
-    "BEAT": (20.0, "seconds from one heartbeat to the next; silent for 2.5 of them is lost"),
+    "BEAT": (20.0, "seconds between heartbeats, at most; silent for 2.5 times that is lost"),
     "GRACE": (120.0, "seconds to come back after losing the connection: phones freeze tabs"),
     "PROXIES": (0, "proxies in front, whose X-Forwarded-For and -Proto are believed"),
     "ORIGINS": ("", "other origins whose pages may connect, with commas between them"),
@@ -530,7 +531,9 @@ def beat(outbox: Outbox) -> None:
     left = outbox.deadline - time.monotonic()
     if left <= 0:
         return hang_up(outbox, 1013, "We have waited for you for too long. Come back.")
-    outbox.next_beat = later(min(limits["BEAT"], left), beat, outbox)
+    # By chance a little earlier: who has come in one moment does not answer in one for ever.
+    pause = limits["BEAT"] * random.uniform(0.8, 1)
+    outbox.next_beat = later(min(pause, left), beat, outbox)
     send(outbox, [str(fragments.beat())])
 
 
