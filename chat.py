@@ -105,7 +105,6 @@ NOTICES_REMEMBERED = 30  # of a room
 IDS_REMEMBERED = 128  # of each member's messages; our page, which waits for each echo, needs one
 FRAME_SIZE = 16_384  # characters of a frame of a snapshot; what is handed out is one frame
 DOUBLE_WORK = 262_144  # a frame of so many characters takes twice as long to send as a short one
-OUTBOXES_AT_ONCE = 50  # to send to so many takes about 2 ms
 NAMES_PER_SECOND = 500  # in lists of members, shown to one member
 PENDING_BYTES = 98_304  # while more is pending in a room, what its members say has to wait
 HANDSHAKE = 0.0005  # seconds that one takes, most of them in Hypercorn
@@ -219,7 +218,8 @@ class Room:
     )
     pending: list[str] = field(default_factory=list)  # fragments that are in no outbox yet
     pending_bytes: int = 0
-    timer: asyncio.TimerHandle | None = None  # of hand_out, or of its part deliver; None: idle
+    timer: asyncio.TimerHandle | None = None  # of hand_out: set while something is pending
+    rests_until: float = 0.0  # as time.monotonic says it
     presence: asyncio.TimerHandle | None = None  # of the list of members, if that has changed
     locked: bool = False
     removed: set[str] = field(default_factory=set)  # ids of members who may not come back
@@ -268,49 +268,35 @@ def post(room: Room, macro, **values) -> None:
 
 
 def wake(room: Room, fragment: str) -> None:
-    """Have a fragment handed out: after the room's rest or, if it is idle, in the loop's next pass.
+    """Have a fragment handed out: when the room has rested, or in the loop's next pass if it has.
 
     Not at once, so that ten messages that arrive together go out together.
     """
     room.pending.append(fragment)
     room.pending_bytes += sys.getsizeof(fragment)
     if not room.timer:
-        room.timer = later(0, hand_out, room)
+        room.timer = later(room.rests_until - time.monotonic(), hand_out, room)
 
 
 def hand_out(room: Room) -> None:
-    """Put all that is pending into the members' outboxes; then rest while that is being sent.
+    """Put all that is pending into the members' outboxes; then let the room rest while it is sent.
 
     A busy room thus sends fewer and larger frames, so that it does not fall behind: a frame costs a
     wake-up and a system call, however little is in it.
     """
     frame = "".join(room.pending)
-    room.pending, room.pending_bytes = [], 0
+    room.pending, room.pending_bytes, room.timer = [], 0, None
     room.handed_out = room.seq
-    room.timer = None
-    if not frame:  # nothing has come while it rested: it is idle
-        return
-    connected = [member.outbox for member in room.members.values() if member.outbox]
-    work = len(connected) * (1 + len(frame) / DOUBLE_WORK)  # in short frames
-    deliver(room, [frame], connected, time.monotonic() + work / limits["FRAMES_PER_SECOND"])
-
-
-def deliver(room: Room, batch: list[str], receivers: list[Outbox], rest_until: float) -> None:
-    """Put a batch into outboxes, a few in each pass of the loop: other rooms come in between.
-
-    Who enters in between is no receiver, but has its entries in the snapshot: they are `handed_out`.
-    """
-    first, others = receivers[:OUTBOXES_AT_ONCE], receivers[OUTBOXES_AT_ONCE:]
-    if others:
-        room.timer = later(0, deliver, room, batch, others, rest_until)
-    else:
-        room.timer = later(rest_until - time.monotonic(), hand_out, room)
+    receivers = [member.outbox for member in room.members.values() if member.outbox]
+    work = len(receivers) * (1 + len(frame) / DOUBLE_WORK)  # in short frames
+    room.rests_until = time.monotonic() + work / limits["FRAMES_PER_SECOND"]
+    batch = [frame]  # one for all
     try:
-        for outbox in first:
+        for outbox in receivers:
             send(outbox, batch)
-    except Exception:  # some may have it now, and others not: all of them resume
+    except Exception:  # some have it now, and others not: all of them resume
         log.exception("A hand-out failed")
-        for outbox in first:
+        for outbox in receivers:
             hang_up(outbox, 1013, "The server has made a mistake. Come back and resume.")
 
 
@@ -764,7 +750,7 @@ class turn:
     async def __aenter__(self) -> None:
         room, loop = self.room, asyncio.get_running_loop()
         await self.line.acquire()
-        while room and room.timer and room.pending_bytes > PENDING_BYTES:
+        while room and room.pending_bytes > PENDING_BYTES:
             self.line.release()  # others of this address may go on, in other rooms
             await asyncio.sleep(room.timer.when() - loop.time())
             await self.line.acquire()
