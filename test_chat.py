@@ -478,16 +478,16 @@ async def test_two_members_may_choose_the_same_id(join):
 async def test_ids_are_remembered_for_long_but_not_for_ever(join, monkeypatch):
     monkeypatch.setitem(limits, "BURST", 10_000)
     ann, bob = await join("Ann"), await join("Bob")
-    for number in range(100):
+    for number in range(chat.IDS_REMEMBERED):
         await ann.says("x", id=f"n{number}")
     for number in range(chat.IDS_REMEMBERED + 1):
         await bob.says("x", id=f"n{number}")  # which pushes out none of Ann's
-    await ann.hears('data-id="n99"')
+    await ann.hears('data-id="n39"')
     await ann.says("again", id="n0")
     await ann.hears('data-id="n0" data-verdict="confirmed"')
-    for number in range(100, 300):
-        await ann.says("x", id=f"n{number}")
-    await ann.hears('data-id="n299"')
+    for number in range(100):
+        await ann.says("x", id=f"m{number}")
+    await ann.hears('data-id="m99"')
     assert len(chat.rooms["PARTY2"].members[ann.id].posted) == chat.IDS_REMEMBERED
 
 
