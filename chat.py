@@ -25,8 +25,8 @@ The words:
     host     who has been in the room longest, in this run: can lock it, and remove somebody
     entry    a line of the log, message or notice; its seq is one more than that of the entry before
     frame    what a WebSocket carries: JSON from the browser, fragments of HTML to it
-    outbox   what one connection still has to be sent, in batches (lists of fragments); bounded, so
-             that nobody waits for the slow
+    outbox   the frames that one connection still has to be sent; bounded, so that nobody waits for
+             the slow
     hand out to put all that is pending in a room into the outboxes of its members
     snapshot what a member is given when it enters: what was handed out, and is remembered, since
              the entry that it has seen last. To come back and be given that is to resume
@@ -170,14 +170,14 @@ signer = URLSafeSerializer(limits["SECRET"] or secrets.token_hex(), salt="member
 class Outbox(asyncio.Queue):
     """What one connection still has to be sent, and what else we know of that connection.
 
-    In it are batches of fragments, with their sizes, and perhaps a Close: the end.
+    In it are frames, each or a snapshot's together with their size, and perhaps a Close: the end.
     """
 
     def __init__(self, address: str):
         super().__init__()  # without a bound of its own: send counts bytes
         self.address = address
         self.member: Member | None = None  # set by enter
-        self.bytes = 0  # of the batches that wait and are counted
+        self.bytes = 0  # of the frames that wait, without a snapshot's
         # A token bucket for frames from the browser; when it has entered, its member's. A frame that
         # costs more than is left has to wait until that is paid.
         self.allowance = Allowance(limits["RATE"], limits["BURST"])
@@ -290,31 +290,30 @@ def hand_out(room: Room) -> None:
     receivers = [member.outbox for member in room.members.values() if member.outbox]
     work = len(receivers) * (1 + len(frame) / DOUBLE_WORK)  # in short frames
     room.rests_until = time.monotonic() + work / limits["FRAMES_PER_SECOND"]
-    batch = [frame]  # one for all
     try:
         for outbox in receivers:
-            send(outbox, batch)
+            send(outbox, frame)
     except Exception:  # some have it now, and others not: all of them resume
         log.exception("A hand-out failed")
         for outbox in receivers:
             hang_up(outbox, 1013, "The server has made a mistake. Come back and resume.")
 
 
-def send(outbox: Outbox, batch: list[str]) -> None:
-    """Put a batch into an outbox; if that is full, evict its member rather than wait.
+def send(outbox: Outbox, frame: str) -> None:
+    """Put a frame into an outbox; if that is full, evict its member rather than wait.
 
     Waiting would make the room as slow as its slowest member, and without a bound one dead phone
-    would eat the memory. Where nothing waits, any batch goes in, or a large one never could.
+    would eat the memory. Where nothing waits, any frame goes in, or a large one never could.
     """
     if outbox.end:
         return  # nothing follows it
-    size = sum(map(sys.getsizeof, batch))
+    size = sys.getsizeof(frame)
     if outbox.bytes and outbox.bytes + size > limits["OUTBOX_BYTES"]:
         while not outbox.empty():
             outbox.get_nowait()  # the next snapshot has what of it is in the log
         return hang_up(outbox, 1013, "You were too slow. Come back and resume.")
     outbox.bytes += size
-    outbox.put_nowait((batch, size))
+    outbox.put_nowait(([frame], size))
 
 
 def hang_up(outbox: Outbox, code: int, reason: str) -> None:
@@ -385,7 +384,8 @@ def enter(member: Member, outbox: Outbox, after: int) -> None:
     room.members[member.id] = member
     member.outbox, member.address = outbox, outbox.address
     outbox.member, outbox.allowance = member, member.allowance
-    outbox.put_nowait((snapshot(member, after), 0))  # uncounted, or a long one would evict it
+    frames = in_frames(snapshot(member, after))
+    outbox.put_nowait((frames, 0))  # uncounted, or a long one would evict it
     show_presence(room)
 
 
@@ -486,21 +486,24 @@ def same_origin() -> bool:
 
 
 async def relay(outbox: Outbox, ws) -> None:
-    """Carry batches from the outbox to the socket, until there is a Close instead."""
+    """Carry frames from the outbox to the socket, until there is a Close instead."""
     while True:
-        batch, size = await outbox.get()
+        frames, size = await outbox.get()
         outbox.bytes -= size
-        if isinstance(batch, Close):
-            raise batch
-        for frame in in_frames(batch):
+        if isinstance(frames, Close):
+            raise frames
+        for frame in frames:
             await ws.send(frame)
-        batch = frame = None  # or an idle relay would keep the last of its snapshot
+        frames = frame = None  # or an idle relay would keep the last of its snapshot
 
 
-def in_frames(batch: list[str]) -> Iterator[str]:
-    """Join fragments to frames of at most FRAME_SIZE, unless a single one is larger."""
+def in_frames(parts: list[str]) -> Iterator[str]:
+    """Join fragments to frames of at most FRAME_SIZE, unless a single one is larger.
+
+    Each when its turn has come: what waits in an outbox is no copy of the history.
+    """
     frame = ""
-    for fragment in batch:
+    for fragment in parts:
         if frame and len(frame) + len(fragment) > FRAME_SIZE:
             yield frame
             frame = ""
@@ -520,7 +523,7 @@ def beat(outbox: Outbox) -> None:
     # By chance a little earlier: who has come in one moment does not answer in one for ever.
     pause = limits["BEAT"] * random.uniform(0.8, 1)
     outbox.next_beat = later(min(pause, left), beat, outbox)
-    send(outbox, [str(fragments.beat())])
+    send(outbox, str(fragments.beat()))
 
 
 async def receive(code: str, outbox: Outbox, ws) -> None:
@@ -604,7 +607,11 @@ def act(member: Member, frame: dict) -> None:
             post(room, fragments.notice, name=member.name, what=what)
             show_presence(room)
         case {"remove": str(id)} if host and id in room.members:
-            remove(room.members[id])
+            other = room.members[id]
+            room.removed.add(id)  # so that its token is good no more, in this run
+            if other.outbox:
+                hang_up(other.outbox, 4403, REMOVED)
+            leave(other, "was removed")
         case {"here": int()} | {"lock": bool()} | {"remove": str()}:
             pass  # a heartbeat's answer; or by who is no host (any more), or about who has left
         case _:
@@ -616,25 +623,17 @@ def say(member: Member, id: str, text: str) -> None:
     key = hash(id)  # smaller to remember
     if seq := member.posted.get(key):  # sent again, because the echo had not reached it
         if seq <= member.room.handed_out:  # else the echo is still to come
-            send(member.outbox, [str(fragments.verdict(id, "confirmed", ""))])
+            send(member.outbox, str(fragments.verdict(id, "confirmed", "")))
         return
     text = guards.clean(text)
     if not text.strip() or len(text) > limits["MESSAGE_LENGTH"]:
         why = f"A message has 1 to {limits['MESSAGE_LENGTH']} characters."
-        return send(member.outbox, [str(fragments.verdict(id, "refused", why))])
+        return send(member.outbox, str(fragments.verdict(id, "refused", why)))
     pieces = guards.PIECES.split(text, maxsplit=50)  # text, code or a link, text, and so on
     post(member.room, fragments.message, member=member, id=id, pieces=pieces)
     member.posted[key] = member.room.seq
     if len(member.posted) > IDS_REMEMBERED:
         del member.posted[next(iter(member.posted))]  # the oldest
-
-
-def remove(member: Member) -> None:
-    """Have a member leave because the host wants it so. Its token is good no more, in this run."""
-    member.room.removed.add(member.id)
-    if member.outbox:
-        hang_up(member.outbox, 4403, REMOVED)
-    leave(member, "was removed")
 
 
 # ── Who comes in ─────────────────────────────────────────────────────────────────────────────────
@@ -648,7 +647,7 @@ def join(code: str, raw_name: str, outbox: Outbox) -> None:
     try:
         name = guards.usable_name(raw_name)
     except ValueError as why:
-        return send(outbox, [str(fragments.unusable(why))])
+        return send(outbox, str(fragments.unusable(why)))
     room = find_room(code, outbox.address)
     if not room:
         raise Close(4404, "There is no such room, or it has closed.")
@@ -824,16 +823,6 @@ def note(what: str, who: str = "") -> None:
 def note_again(what: str) -> None:
     if (times := noted.pop(what, 0)) > 1:
         log.info("%s, %s times in a minute", what, times)
-
-
-def forget() -> None:
-    """Forget all but connections: each test begins with that."""
-    for room in list(rooms.values()):
-        close_room(room)
-    other_runs.clear()
-    noted.clear()
-    share_of.cache_clear()
-    quota.cache_clear()
 
 
 # ── Pages ────────────────────────────────────────────────────────────────────────────────────────

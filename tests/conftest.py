@@ -23,12 +23,15 @@ settings = pytest.mark.settings  # @settings(CHAT_BEAT="1"), or @settings() for 
 # The server that most tests share forgets all between two of them, and all whom they left there.
 SHARED = """
 import asyncio, chat
+from bench.peer import start_anew
 @chat.app.post("/forget")
 async def forget():
     for room in list(chat.rooms.values()):
         for member in list(room.members.values()):
-            chat.remove(member)
-    chat.forget()
+            if member.outbox:
+                chat.hang_up(member.outbox, 4403, "")
+            chat.leave(member, "left")
+    start_anew()
     while chat.outboxes:
         await asyncio.sleep(0.005)
     return ""
