@@ -231,6 +231,7 @@ RUN = secrets.token_hex(4)  # names this run of the program, in its tokens
 other_runs: dict[str, float] = {}  # whose tokens came for rooms that are gone, and since when
 stopping = asyncio.Event()
 RESTART, REMOVED = "The server restarts.", "The host has removed you from this room."
+MISTAKE = "The server has made a mistake. Come back and resume."
 
 log = logging.getLogger("chat")  # is told no message, name, room code or token
 noted: Counter[str] = Counter()  # what has happened in the last minute, and how often
@@ -296,7 +297,7 @@ def hand_out(room: Room) -> None:
     except Exception:  # some have it now, and others not: all of them resume
         log.exception("A hand-out failed")
         for outbox in receivers:
-            hang_up(outbox, 1013, "The server has made a mistake. Come back and resume.")
+            hang_up(outbox, 1013, MISTAKE)
 
 
 def send(outbox: Outbox, frame: str) -> None:
@@ -433,11 +434,10 @@ def leave(member: Member, what: str) -> None:
 
 @app.websocket("/r/<code>/ws")
 async def connection(code: str):
-    """Serve one connection: receive and relay side by side, until it ends.
+    """Serve one connection: receive and relay side by side, until relay finds a Close.
 
-    In a TaskGroup, in which an exception of the one ends the other: a member that can still hear
-    but no longer speak is worse than one that is gone. We end it by raising Close in one of them;
-    if the browser ends it, Quart cancels this, and both with it.
+    Whatever ends receive puts one into the outbox: a member that can still hear but no longer speak
+    is worse than one that is gone. If it is the browser that ends the connection, Quart cancels this.
     """
     ws = websocket._get_current_object()  # what `websocket` stands for, looked up once
     address = address_of(ws)
@@ -447,31 +447,24 @@ async def connection(code: str):
             return "This page may not connect here.", 403
     # Accept even whom we turn away below: browsers tell a page no code but that of a close.
     await ws.accept()
-    end = Close(1011, "The server has made a mistake.")  # unless we learn of another one
     outbox = Outbox(address)
     outboxes[outbox] = None
     make_way(outbox)  # if it is one too many
     if stopping.is_set():
         hang_up(outbox, 1012, RESTART)
+    receiving = asyncio.create_task(receive(code, outbox, ws))
     try:
-        async with asyncio.TaskGroup() as both:
-            both.create_task(relay(outbox, ws))
-            both.create_task(receive(code, outbox, ws))
-    except* Close as closes:  # the TaskGroup raises what was raised in it as a group
-        end = outbox.end or closes.exceptions[0]
-        note(f"Closed with {end.code}: {end.reason}")
-    except* OSError:  # the network has given up
+        await relay(outbox, ws)
+    except OSError:  # the network has given up
         pass
-    except* Exception as errors:
-        log.error("A connection failed", exc_info=errors)
+    except Exception:
+        log.exception("A connection failed")
+        await ws.close(1011, MISTAKE)
     finally:
-        try:
-            with suppress(OSError):
-                # Always with a code: without, it would be 1000, and nobody would come back.
-                await ws.close(end.code, end.reason)
-        finally:
-            outbox.next_beat.cancel()
-            outboxes.pop(outbox, None)
+        receiving.cancel()
+        lose(outbox)
+        outbox.next_beat.cancel()
+        outboxes.pop(outbox, None)
 
 
 def same_origin() -> bool:
@@ -486,12 +479,16 @@ def same_origin() -> bool:
 
 
 async def relay(outbox: Outbox, ws) -> None:
-    """Carry frames from the outbox to the socket, until there is a Close instead."""
+    """Carry frames from the outbox to the socket, until there is a Close instead.
+
+    Always with a code: without, it would be 1000, and nobody would come back.
+    """
     while True:
         frames, size = await outbox.get()
         outbox.bytes -= size
         if isinstance(frames, Close):
-            raise frames
+            note(f"Closed with {frames.code}: {frames.reason}")
+            return await ws.close(frames.code, frames.reason)
         for frame in frames:
             await ws.send(frame)
         frames = frame = None  # or an idle relay would keep the last of its snapshot
@@ -548,11 +545,12 @@ async def receive(code: str, outbox: Outbox, ws) -> None:
                 outbox.deadline = time.monotonic() + 2.5 * limits["BEAT"]
             else:  # that name could not be used: another try, but no more time
                 outbox.deadline = hello_by
-    except Close:  # a member that has left, or has broken a rule, does not come back
+    except Close as end:  # a member that has left, or has broken a rule, does not come back
         outbox.grace = 0
-        raise
-    finally:
-        lose(outbox)
+        hang_up(outbox, end.code, end.reason)
+    except Exception:
+        log.exception("A connection failed")
+        hang_up(outbox, 1011, MISTAKE)
 
 
 def parse(raw, allowance: Allowance) -> dict:
