@@ -216,8 +216,7 @@ class Room:
     notices: deque[tuple[int, str]] = field(
         default_factory=lambda: deque(maxlen=NOTICES_REMEMBERED)
     )
-    pending: list[str] = field(default_factory=list)  # fragments that are in no outbox yet
-    pending_bytes: int = 0
+    pending: str = ""  # the next frame: fragments that are in no outbox yet
     timer: asyncio.TimerHandle | None = None  # of hand_out: set while something is pending
     rests_until: float = 0.0  # as time.monotonic says it
     presence: asyncio.TimerHandle | None = None  # of the list of members, if that has changed
@@ -273,8 +272,7 @@ def wake(room: Room, fragment: str) -> None:
 
     Not at once, so that ten messages that arrive together go out together.
     """
-    room.pending.append(fragment)
-    room.pending_bytes += sys.getsizeof(fragment)
+    room.pending += fragment
     if not room.timer:
         room.timer = later(room.rests_until - time.monotonic(), hand_out, room)
 
@@ -285,8 +283,7 @@ def hand_out(room: Room) -> None:
     A busy room thus sends fewer and larger frames, so that it does not fall behind: a frame costs a
     wake-up and a system call, however little is in it.
     """
-    frame = "".join(room.pending)
-    room.pending, room.pending_bytes, room.timer = [], 0, None
+    frame, room.pending, room.timer = room.pending, "", None
     room.handed_out = room.seq
     receivers = [member.outbox for member in room.members.values() if member.outbox]
     work = len(receivers) * (1 + len(frame) / DOUBLE_WORK)  # in short frames
@@ -747,7 +744,7 @@ class turn:
     async def __aenter__(self) -> None:
         room, loop = self.room, asyncio.get_running_loop()
         await self.line.acquire()
-        while room and room.pending_bytes > PENDING_BYTES:
+        while room and sys.getsizeof(room.pending) > PENDING_BYTES:
             self.line.release()  # others of this address may go on, in other rooms
             await asyncio.sleep(room.timer.when() - loop.time())
             await self.line.acquire()

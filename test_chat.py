@@ -556,7 +556,7 @@ async def test_while_much_is_pending_its_senders_are_not_read(join, monkeypatch)
     sizes, hand_out = [], chat.hand_out
 
     def measured(room: chat.Room) -> None:
-        sizes.append(room.pending_bytes)
+        sizes.append(len(room.pending))
         hand_out(room)
 
     monkeypatch.setattr(chat, "hand_out", measured)
