@@ -217,8 +217,7 @@ class Room:
         default_factory=lambda: deque(maxlen=NOTICES_REMEMBERED)
     )
     pending: str = ""  # the next frame: fragments that are in no outbox yet
-    timer: asyncio.TimerHandle | None = None  # of hand_out: set while something is pending
-    rests_until: float = 0.0  # as time.monotonic says it
+    rests_until: float = 0.0  # as time.monotonic says it; then hand_out, if something is pending
     presence: asyncio.TimerHandle | None = None  # of the list of members, if that has changed
     locked: bool = False
     removed: set[str] = field(default_factory=set)  # ids of members who may not come back
@@ -272,9 +271,9 @@ def wake(room: Room, fragment: str) -> None:
 
     Not at once, so that ten messages that arrive together go out together.
     """
+    if not room.pending:  # else the timer is set
+        later(room.rests_until - time.monotonic(), hand_out, room)
     room.pending += fragment
-    if not room.timer:
-        room.timer = later(room.rests_until - time.monotonic(), hand_out, room)
 
 
 def hand_out(room: Room) -> None:
@@ -283,7 +282,7 @@ def hand_out(room: Room) -> None:
     A busy room thus sends fewer and larger frames, so that it does not fall behind: a frame costs a
     wake-up and a system call, however little is in it.
     """
-    frame, room.pending, room.timer = room.pending, "", None
+    frame, room.pending = room.pending, ""
     room.handed_out = room.seq
     receivers = [member.outbox for member in room.members.values() if member.outbox]
     work = len(receivers) * (1 + len(frame) / DOUBLE_WORK)  # in short frames
@@ -742,11 +741,11 @@ class turn:
         self.room, self.already = room, already
 
     async def __aenter__(self) -> None:
-        room, loop = self.room, asyncio.get_running_loop()
+        room = self.room
         await self.line.acquire()
         while room and sys.getsizeof(room.pending) > PENDING_BYTES:
             self.line.release()  # others of this address may go on, in other rooms
-            await asyncio.sleep(room.timer.when() - loop.time())
+            await asyncio.sleep(room.rests_until - time.monotonic())
             await self.line.acquire()
         try:
             await self.share.paid()
