@@ -203,12 +203,11 @@ class Member:
 @dataclass(eq=False, slots=True)
 class Room:
     code: str
-    creator: str  # address of who has opened it
+    creator: str  # address of who has opened it; empty: main has
     start: int  # seq with which it began; in its tokens, to tell it from later rooms of this code
     seq: int  # of the latest entry
     handed_out: int  # seq of the latest entry that is not pending
     forgotten: int  # no message up to this seq is in the history any more
-    unentered: asyncio.TimerHandle | None = None  # set at once: closes it if nobody enters
     members: dict[str, Member] = field(default_factory=dict)  # the first is the host
     history: deque[tuple[int, str]] = field(default_factory=deque)  # messages with their seqs
     history_bytes: int = 0
@@ -350,19 +349,20 @@ def create_room(code: str, address: str = "") -> Room:
         empty = next((each for each in rooms.values() if not each.members), None)
         if not empty:
             raise Close(4503, "There are too many rooms. Try again later.")
-        close_room(empty)
+        del rooms[empty.code]
     # Numbers start from the clock, in milliseconds: a room that is opened again after a restart
     # begins above its old ones, so that an old number is not mistaken for a new one.
     now = time.time_ns() // 1_000_000
     room = rooms[code] = Room(code, address, start=now, seq=now, handed_out=now, forgotten=now)
-    room.unentered = later(UNENTERED, close_room, room)
+    if address:  # else it is the one that the terminal shows: it may wait longer
+        later(UNENTERED, close_if_empty, code)
     return room
 
 
-def close_room(room: Room) -> None:
-    """Forget a room. Its timers may run out, but for one, which would close a later room here."""
-    room.unentered.cancel()
-    del rooms[room.code]
+def close_if_empty(code: str) -> None:
+    """Forget a room when nobody is in it any more, or has entered it in time. Its timers may run out."""
+    if code in rooms and not rooms[code].members:
+        del rooms[code]
 
 
 def enter(member: Member, outbox: Outbox, after: int) -> None:
@@ -373,7 +373,6 @@ def enter(member: Member, outbox: Outbox, after: int) -> None:
     moment could be in both, or in neither.
     """
     room = member.room
-    room.unentered.cancel()
     if member.outbox:
         hang_up(member.outbox, 4409, "You opened this chat in another tab.")
     if member.leaving:  # set by lose: in the hang_up above, or earlier
@@ -419,8 +418,7 @@ def leave(member: Member, what: str) -> None:
     if member.leaving:
         member.leaving.cancel()
     del room.members[member.id]
-    if not room.members:
-        return close_room(room)
+    close_if_empty(room.code)
     post(room, fragments.notice, name=member.name, what=what)
     show_presence(room)
 
@@ -935,7 +933,7 @@ async def error_page(error: HTTPException):
 # ── Start and stop ───────────────────────────────────────────────────────────────────────────────
 
 
-async def run(listener: socket.socket, first: str = "") -> None:
+async def run(listener: socket.socket) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP; then tell everybody 1012: come back in a moment."""
     loop = asyncio.get_running_loop()
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
@@ -950,8 +948,6 @@ async def run(listener: socket.socket, first: str = "") -> None:
         for outbox in list(outboxes):
             hang_up(outbox, 1012, RESTART)
 
-    if first:  # the one that the terminal shows: it may wait longer for its first member
-        create_room(first).unentered.cancel()
     # One peer may have so many connections; a proxy is no stranger, and has limits of its own.
     guards.install(app, math.inf if limits["PROXIES"] else 2 * limits["SOCKETS_PER_ADDRESS"])
     config = Config()
@@ -986,17 +982,17 @@ def main() -> None:
         sys.exit(f"Cannot listen on {host}, port {port}: {reason}.")
     guards.harden(listener)
     everywhere = host in ("0.0.0.0", "::")
-    first = new_code() if everywhere else ""
     shown = network_address() if everywhere else host
     shown = f"[{shown}]" if ":" in shown else shown
     site = f"http://{shown}:{listener.getsockname()[1]}"
     print(f"Chat is on {site} (Ctrl-C stops it)", flush=True)
     if everywhere:
         limits["NETWORK"] = site
+        first = create_room(new_code()).code
         print(f"One room for the phones in this network: {site}/r/{first}", flush=True)
         with suppress(UnicodeEncodeError):  # a terminal that has no blocks
             segno.make(f"{site}/r/{first}", micro=False).terminal(compact=True)
-    asyncio.run(run(listener, first))
+    asyncio.run(run(listener))
 
 
 def network_address() -> str:
