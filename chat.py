@@ -63,7 +63,7 @@ try:
     from hypercorn.asyncio import serve
     from hypercorn.config import Config
     from itsdangerous import BadSignature, URLSafeSerializer
-    from quart import Quart, has_websocket_context, redirect, render_template, request, websocket
+    from quart import Quart, redirect, render_template, request, websocket
     from werkzeug.exceptions import HTTPException, NotFound
 
     import guards
@@ -107,7 +107,7 @@ FRAME_SIZE = 16_384  # characters of a frame of a snapshot; what is handed out i
 DOUBLE_WORK = 262_144  # a frame of so many characters takes twice as long to send as a short one
 NAMES_PER_SECOND = 500  # in lists of members, shown to one member
 PENDING_BYTES = 98_304  # while more is pending in a room, what its members say has to wait
-HANDSHAKE = 0.0005  # seconds that one takes, most of them in Hypercorn
+HANDSHAKE = 0.0005  # seconds of its share that one takes, most of them in Hypercorn
 
 # The codes with which connections end, what they mean, and whether the page comes back by itself.
 # To what breaks the protocol of WebSockets itself, wsproto answers with 1002 or 1007.
@@ -426,6 +426,25 @@ def leave(member: Member, what: str) -> None:
 # ── The WebSocket ────────────────────────────────────────────────────────────────────────────────
 
 
+@app.before_websocket
+async def handshake():
+    """Refuse to connect a page that is neither ours nor listed in CHAT_ORIGINS.
+
+    Without this, every page on the internet could do so from its visitors' browsers. A page cannot
+    choose its Origin; a program has to send one, too.
+    """
+    allowed = limits["ORIGINS"].lower().replace(",", " ").split()
+    allowed.append(guards.site(websocket, limits["PROXIES"]))
+    address = address_of(websocket)
+    async with turn(address):
+        share_of(address)[0].spend(HANDSHAKE)
+        if websocket.headers.get("Origin", "").lower() not in allowed:
+            note("An Origin that is neither ours nor in CHAT_ORIGINS has tried to connect")
+            return "This page may not connect here.", 403
+        if nowhere := websocket.routing_exception:
+            return nowhere.name, nowhere.code
+
+
 @app.websocket("/r/<code>/ws")
 async def connection(code: str):
     """Serve one connection: receive and relay side by side, until relay finds a Close.
@@ -434,14 +453,9 @@ async def connection(code: str):
     is worse than one that is gone. If it is the browser that ends the connection, Quart cancels this.
     """
     ws = websocket._get_current_object()  # what `websocket` stands for, looked up once
-    address = address_of(ws)
-    async with turn(address, already=HANDSHAKE):  # the handshake counts as its work
-        if not same_origin():
-            note("An Origin that is neither ours nor in CHAT_ORIGINS has tried to connect")
-            return "This page may not connect here.", 403
     # Accept even whom we turn away below: browsers tell a page no code but that of a close.
     await ws.accept()
-    outbox = Outbox(address)
+    outbox = Outbox(address_of(ws))
     outboxes[outbox] = None
     make_way(outbox)  # if it is one too many
     if stopping.is_set():
@@ -459,17 +473,6 @@ async def connection(code: str):
         lose(outbox)
         outbox.next_beat.cancel()
         outboxes.pop(outbox, None)
-
-
-def same_origin() -> bool:
-    """Whether the page that opens this WebSocket is ours, or listed in CHAT_ORIGINS.
-
-    Without this, every page on the internet could do so from its visitors' browsers. A page cannot
-    choose its Origin; a program has to send one, too.
-    """
-    allowed = limits["ORIGINS"].lower().replace(",", " ").split()
-    allowed.append(guards.site(websocket, limits["PROXIES"]))
-    return websocket.headers.get("Origin", "").lower() in allowed
 
 
 async def relay(outbox: Outbox, ws) -> None:
@@ -731,12 +734,12 @@ class turn:
 
     What comes from one address, by WebSocket and HTTP, waits in line, and what has taken long lets
     others go first. It also waits while too much is pending in the room that it is for. What is done
-    then waits for nothing, so that the time is its own. `already` was spent before, in seconds.
+    then waits for nothing, so that the time is its own.
     """
 
-    def __init__(self, address: str, room: Room | None = None, already: float = 0.0):
+    def __init__(self, address: str, room: Room | None = None):
         self.share, self.line = share_of(address)
-        self.room, self.already = room, already
+        self.room = room
 
     async def __aenter__(self) -> None:
         room = self.room
@@ -750,7 +753,7 @@ class turn:
         except asyncio.CancelledError:  # its connection has ended
             self.line.release()
             raise
-        self.started = time.perf_counter() - self.already
+        self.started = time.perf_counter()
 
     async def __aexit__(self, *_) -> None:
         took = time.perf_counter() - self.started
@@ -924,9 +927,6 @@ async def refusal_page(close: Close):
 
 @app.errorhandler(HTTPException)
 async def error_page(error: HTTPException):
-    if has_websocket_context():  # a handshake to nowhere, in no turn yet: not for free, and no page
-        async with turn(address_of(websocket), already=HANDSHAKE):
-            return error.name, error.code
     return await home(error.name, error.description, error.code)
 
 
