@@ -662,14 +662,12 @@ def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
     # Neither of another room, nor of an earlier one with this code.
     if of_code != code or (room and run == RUN and start != room.start):
         raise Close(4401, "This room does not know you any more. Give your name again.")
+    # For a while after a restart a room may be opened again, and entered without a word. That is from
+    # when it was opened again or, before that, from when we first saw a token of that run (and not from
+    # our start: a proxy may bring us the rooms of another process, which has died).
     now = time.time()
-    if run == RUN:
-        restarted = False
-    elif room:  # has been opened again already, and begins with that moment, in ms
-        restarted = now - room.start / 1000 < limits["GRACE"]
-    else:  # may be opened again for a while after we first saw a token of that run (and not after
-        # our start: a proxy may bring us the rooms of another process, which has died)
-        restarted = now - other_runs.setdefault(run, now) < limits["GRACE"]
+    since = room.start / 1000 if room else other_runs.setdefault(run, now)
+    restarted = run != RUN and now - since < limits["GRACE"]
     if not room and not restarted:
         raise Close(4404, "This room has closed.")
     try:
