@@ -95,7 +95,7 @@ SETTINGS = {  # in the environment, as in CHAT_MEMBERS=40: the default, and what
     "ORIGINS": ("", "other origins whose pages may connect, with commas between them"),
     "SECRET": ("", "signs the tokens, at least 16 characters; empty: a new one at each start"),
 }
-JOIN_DEADLINE = 10  # seconds to say a usable hello
+JOIN_DEADLINE = 10  # seconds to say hello
 GRACE_CLOSED = 5  # seconds to come back after closing the page: a reload is no leaving
 UNENTERED = 600  # seconds that a room waits for its first member
 ALPHABET = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # of room codes, which are read out: no 0 O 1 I L
@@ -529,7 +529,7 @@ async def receive(code: str, outbox: Outbox, ws) -> None:
     try:
         while True:
             frame = parse(await ws.receive(), outbox.allowance)
-            hello_by, outbox.deadline = outbox.deadline, math.inf  # for now it is not its silence
+            outbox.deadline = math.inf  # for now it is not its silence
             await outbox.allowance.paid()
             async with turn(outbox.address, outbox.member and outbox.member.room):
                 if not outbox.end:  # else the page says its messages again on its next connection
@@ -538,10 +538,7 @@ async def receive(code: str, outbox: Outbox, ws) -> None:
                     else:
                         hello(code, outbox, frame)
             frame = None  # as in relay
-            if outbox.member:
-                outbox.deadline = time.monotonic() + 2.5 * limits["BEAT"]
-            else:  # that name could not be used: another try, but no more time
-                outbox.deadline = hello_by
+            outbox.deadline = time.monotonic() + 2.5 * limits["BEAT"]
     except Close as end:  # a member that has left, or has broken a rule, does not come back
         outbox.grace = 0
         hang_up(outbox, end.code, end.reason)
