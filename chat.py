@@ -51,8 +51,8 @@ import sys
 import time
 import unicodedata
 from collections import Counter, deque
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -724,38 +724,27 @@ def share_of(address: str) -> tuple[Allowance, asyncio.Lock]:
     return Allowance(rate=limits["SHARE"], burst=10 * limits["SHARE"]), asyncio.Lock()  # seconds
 
 
-class turn:
-    """async with: wait until an address may keep us busy; then measure and charge for how long it does.
+@asynccontextmanager
+async def turn(address: str, room: Room | None = None) -> AsyncIterator[None]:
+    """Wait until an address may keep us busy; then measure and charge for how long it does.
 
     What comes from one address, by WebSocket and HTTP, waits in line, and what has taken long lets
     others go first. It also waits while too much is pending in the room that it is for. What is done
     then waits for nothing, so that the time is its own.
     """
-
-    def __init__(self, address: str, room: Room | None = None):
-        self.share, self.line = share_of(address)
-        self.room = room
-
-    async def __aenter__(self) -> None:
-        room = self.room
-        await self.line.acquire()
+    share, line = share_of(address)
+    async with line:
         while room and sys.getsizeof(room.pending) > PENDING_BYTES:
-            self.line.release()  # others of this address may go on, in other rooms
             await asyncio.sleep(room.rests_until - time.monotonic())
-            await self.line.acquire()
+        await share.paid()
+        started = time.perf_counter()
         try:
-            await self.share.paid()
-        except asyncio.CancelledError:  # its connection has ended
-            self.line.release()
-            raise
-        self.started = time.perf_counter()
-
-    async def __aexit__(self, *_) -> None:
-        took = time.perf_counter() - self.started
-        self.share.spend(took)
-        self.line.release()
-        if took > limits["SHARE"] / 1_000:  # a thousandth of its share of a second
-            await asyncio.sleep(0)  # until the event loop's next pass: others go first
+            yield
+        finally:
+            took = time.perf_counter() - started
+            share.spend(took)
+    if took > limits["SHARE"] / 1_000:  # a thousandth of its share of a second
+        await asyncio.sleep(0)  # until the event loop's next pass: others go first
 
 
 @lru_cache(30_000)
