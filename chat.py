@@ -170,7 +170,7 @@ signer = URLSafeSerializer(limits["SECRET"] or secrets.token_hex(), salt="member
 class Outbox(asyncio.Queue):
     """What one connection still has to be sent, and what else we know of that connection.
 
-    In it are frames, each or a snapshot's together with their size, and perhaps a Close: the end.
+    In it are frames, those of a snapshot as one thing, and perhaps a Close: the end.
     """
 
     def __init__(self, address: str):
@@ -309,14 +309,14 @@ def send(outbox: Outbox, frame: str) -> None:
             outbox.get_nowait()  # the next snapshot has what of it is in the log
         return hang_up(outbox, 1013, "You were too slow. Come back and resume.")
     outbox.bytes += size
-    outbox.put_nowait(([frame], size))
+    outbox.put_nowait(frame)
 
 
 def hang_up(outbox: Outbox, code: int, reason: str) -> None:
     """Have the relay end a connection, after what waits; the first reason counts."""
     if not outbox.end:
         outbox.end = Close(code, reason)
-        outbox.put_nowait((outbox.end, 0))
+        outbox.put_nowait(outbox.end)
         lose(outbox)
 
 
@@ -380,8 +380,7 @@ def enter(member: Member, outbox: Outbox, after: int) -> None:
     room.members[member.id] = member
     member.outbox, member.address = outbox, outbox.address
     outbox.member, outbox.allowance = member, member.allowance
-    frames = in_frames(snapshot(member, after))
-    outbox.put_nowait((frames, 0))  # uncounted, or a long one would evict it
+    outbox.put_nowait(in_frames(snapshot(member, after)))  # uncounted: a long one must not evict
     show_presence(room)
 
 
@@ -481,14 +480,17 @@ async def relay(outbox: Outbox, ws) -> None:
     Always with a code: without, it would be 1000, and nobody would come back.
     """
     while True:
-        frames, size = await outbox.get()
-        outbox.bytes -= size
-        if isinstance(frames, Close):
-            note(f"Closed with {frames.code}: {frames.reason}")
-            return await ws.close(frames.code, frames.reason)
-        for frame in frames:
-            await ws.send(frame)
-        frames = frame = None  # or an idle relay would keep the last of its snapshot
+        match await outbox.get():
+            case str(frame):
+                outbox.bytes -= sys.getsizeof(frame)
+                await ws.send(frame)
+            case Close() as end:
+                note(f"Closed with {end.code}: {end.reason}")
+                return await ws.close(end.code, end.reason)
+            case frames:  # of a snapshot
+                for frame in frames:
+                    await ws.send(frame)
+        frames = frame = None  # or an idle relay would keep them
 
 
 def in_frames(parts: list[str]) -> Iterator[str]:
