@@ -735,16 +735,18 @@ async def turn(address: str, room: Room | None = None) -> AsyncIterator[None]:
     then waits for nothing, so that the time is its own.
     """
     share, line = share_of(address)
-    async with line:
-        while room and sys.getsizeof(room.pending) > PENDING_BYTES:
-            await asyncio.sleep(room.rests_until - time.monotonic())
-        await share.paid()
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            took = time.perf_counter() - started
-            share.spend(took)
+    while True:
+        async with line:
+            if not room or sys.getsizeof(room.pending) <= PENDING_BYTES:
+                await share.paid()
+                started = time.perf_counter()
+                try:
+                    yield
+                finally:
+                    took = time.perf_counter() - started
+                    share.spend(took)
+                break
+        await asyncio.sleep(room.rests_until - time.monotonic())  # others of the address go on
     if took > limits["SHARE"] / 1_000:  # a thousandth of its share of a second
         await asyncio.sleep(0)  # until the event loop's next pass: others go first
 
