@@ -209,7 +209,6 @@ def install(app: Quart, connections: float) -> None:
     Server.most = connections
     serving.TCPServer = Server
     h11.Connection = Requests
-    http_1.H11Protocol._check_protocol = stay_with_http_1
     http_1.WSStream = Stream
     app.asgi_websocket_class = Connection
     gc.freeze()  # tidy need not look through what has been imported
@@ -279,8 +278,9 @@ class Server(tcp_server.TCPServer):
 
 class Requests(h11.Connection):
     """Refuses what no page sends. What fails in Hypercorn, Quart or Werkzeug with a traceback:
-    targets such as `?` or `http://[`, Hosts such as `..`, `Sec-WebSocket-Protocol: \\xff`. And
-    bodies: no request here has one, so that nobody has to wait for its end."""
+    targets such as `?` or `http://[`, Hosts such as `..`, `Sec-WebSocket-Protocol: \\xff`. Bodies:
+    no request here has one, so that nobody has to wait for its end. And HTTP/2, in which one
+    connection could hold a hundred WebSockets: browsers speak it with the proxy."""
 
     def next_event(self):
         # To parse 3,700 headers takes 10 ms: count them before.
@@ -291,23 +291,19 @@ class Requests(h11.Connection):
             headers = dict(event.headers)
             host = headers.get(b"host", b"-")
             fine = (
-                event.target.startswith(b"/")
+                event.target.startswith(b"/")  # HTTP/2 begins with `*`
                 and len(event.target) < 2_000
                 and 0 < len(host) < 64  # it is drawn as a QR code
                 and all(host.split(b".")[:-1])
                 and headers.get(b"content-length", b"0") == b"0"
                 and b"transfer-encoding" not in headers
+                and b"h2c" not in headers.get(b"upgrade", b"").lower()
                 and all(v.isascii() for n, v in event.headers if n.startswith((b"sec-", b"conn")))
             )
             if not fine:
                 raise h11.RemoteProtocolError("not a request of any browser", error_status_hint=400)
             tidy()
         return event
-
-
-async def stay_with_http_1(protocol: http_1.H11Protocol, request: h11.Request) -> None:
-    """Accept no h2c. Browsers speak HTTP/2 with the proxy, and with it one connection could hold a
-    hundred WebSockets."""
 
 
 class Connection(ASGIWebsocketConnection):
