@@ -12,7 +12,6 @@ import re
 import socket
 import time
 import unicodedata
-from collections import Counter
 from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import version
@@ -238,23 +237,21 @@ class Server(tcp_server.TCPServer):
     a dead phone (TimeoutError) is logged as an error of our own, with a traceback; and 3,300
     connections of one peer, with requests that never end, take 216 MB."""
 
-    open: ClassVar[Counter[str]] = Counter()  # connections by peer
-    most: float  # of one peer, see install
+    peers: ClassVar[list[str]] = []  # of all connections
+    most: float  # connections of one peer, see install
 
     async def run(self) -> None:
         self.writer.transport.set_write_buffer_limits(0)  # wait as soon as the kernel's is full
         self.reader._limit = 8_192  # reads nothing more while twice that waits
         peer = counted(self.writer.get_extra_info("peername")[0])
-        if self.open[peer] >= self.most:
+        if self.peers.count(peer) >= self.most:
             return self.writer.transport.abort()
-        self.open[peer] += 1
+        self.peers.append(peer)
         try:
             with suppress(OSError):  # which its _close raises, in place of what has ended it
                 await super().run()
         finally:
-            self.open[peer] -= 1
-            if not self.open[peer]:
-                del self.open[peer]
+            self.peers.remove(peer)
 
     async def _read_data(self) -> None:
         await super()._read_data()
