@@ -17,7 +17,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import h11
 from hypercorn.asyncio import run as serving
@@ -135,13 +135,14 @@ KINDS = {  # of the files in static/ that go out; others stay where they are
 }
 
 
-class File(NamedTuple):
+class File:
     """A static file as it goes out, read at start. (Quart reads through a thread: 4 ms each.)"""
 
-    body: bytes
-    packed: bytes  # the same in gzip
-    kind: str
-    version: str  # a part of its digest, in the address: when the file changes, so does that
+    def __init__(self, path: Path):
+        self.kind, self.body = KINDS[path.suffix], path.read_bytes()
+        self.packed = gzip.compress(self.body)
+        # In its address, so that this changes when the file does.
+        self.version = hashlib.sha256(self.body).hexdigest()[:8]
 
     async def response(self):
         headers = {"Content-Type": self.kind, "Vary": "Accept-Encoding"}
@@ -154,13 +155,8 @@ class File(NamedTuple):
 
 def read_files(folder: Path) -> dict[str, File]:
     """Return the scripts, styles and icons in a folder by their names, as in `vendor/htmx.js`."""
-    files = {}
-    for path in folder.rglob("*.*"):
-        if kind := KINDS.get(path.suffix):
-            name, body = path.relative_to(folder).as_posix(), path.read_bytes()
-            digest = hashlib.sha256(body).hexdigest()[:8]
-            files[name] = File(body, gzip.compress(body), kind, digest)
-    return files
+    paths = [path for path in folder.rglob("*.*") if path.suffix in KINDS]
+    return {path.relative_to(folder).as_posix(): File(path) for path in paths}
 
 
 def address(client, proxies: int) -> str:
