@@ -330,8 +330,11 @@ class Stream(ws_stream.WSStream):
                 while not queue.empty():
                     queue.get_nowait()
         await super().handle(event)
-        if self.closed and not isinstance(event, StreamClosed):  # perhaps it refused the handshake
-            await self.send(StreamClosed(stream_id=self.stream_id))
+
+    async def _send_error_response(self, status_code: int) -> None:
+        """Refuse a handshake, and end with it: the application, too, if that was about to accept."""
+        await super()._send_error_response(status_code)
+        await self.send(StreamClosed(stream_id=self.stream_id))
 
     async def _handle_events(self) -> None:
         """Do as Hypercorn 0.18.0 does, but look at each event before it takes effect."""

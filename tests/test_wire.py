@@ -156,6 +156,7 @@ async def test_who_is_refused_a_handshake_cannot_stay(standing, key, early):
     async with asyncio.timeout(5):
         assert b" 400 " in await reader.read()  # which is all until the end
     writer.close()
+    await until(lambda: health(standing)["connections"] == 0)  # nor does its handler
 
 
 async def test_a_request_has_no_body(server):
