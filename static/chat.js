@@ -25,7 +25,6 @@ const store = {
 };
 
 let me = store.get("me"); // {member, token}, once the server has welcomed us
-let wanted = ""; // the name that we have asked for
 let last = 0; // seq of the newest entry shown
 const shown = new Set(); // "member id" of messages shown, for those posted again after a restart
 
@@ -73,7 +72,7 @@ function dial() {
 }
 
 function hello() {
-  send({ hello: me ? { token: me.token, after: last } : { name: wanted } });
+  send({ hello: me ? { token: me.token, after: last } : { name: $("name").value } });
 }
 
 function send(frame) {
@@ -257,7 +256,6 @@ $("composer").addEventListener("submit", (event) => {
 $("join").addEventListener("submit", (event) => {
   event.preventDefault();
   if (!is("outside")) return; // Enter was pressed twice
-  wanted = $("name").value;
   $("unusable").textContent = "";
   state("entering", "Connecting…");
   if (socket?.readyState === WebSocket.OPEN) hello();
