@@ -119,16 +119,11 @@ function closed(code, reason) {
   $("unusable").textContent = reason;
 }
 
-const ENDS = {
-  1000: "You have left this room.",
-  4401: "The server has restarted, and no longer knows this room.",
-};
-
 function end(code, reason) {
   letGo();
   clearTimeout(timer);
   state("closed");
-  $("why").textContent = ENDS[code] || reason || "The server has ended the connection.";
+  $("why").textContent = reason || "The server has ended the connection.";
   const texts = [...unsent.map((message) => message.text), text.value];
   $("rest").value = texts.filter(Boolean).join("\n"); // to be copied: nothing else will become of it
   if (code !== 4409) store.set("unsent", (unsent = []));
@@ -265,7 +260,7 @@ $("join").addEventListener("submit", (event) => {
 function leave() {
   if (!send({ leave: true })) socket?.close(); // the server will notice that we do not come back
   store.set("me", (me = null));
-  end(1000);
+  end(1000, "You have left this room.");
 }
 $("leave").addEventListener("click", leave);
 $("again").addEventListener("click", () => location.reload());

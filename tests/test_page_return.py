@@ -230,7 +230,7 @@ async def test_a_closed_room_says_so_and_keeps_what_was_read(server, join, line)
     await shows(ann, "to be read")
     server.stop()
     server.start()  # without the secret of the first one, the room cannot be opened again
-    await shows(ann, "no longer knows this room", "#over")
+    await shows(ann, "does not know you any more", "#over")
     assert not await ann.is_visible("#status")
     assert not await ann.is_visible("#presence")
     assert await messages(ann) == ["to be read"]
