@@ -113,8 +113,8 @@ function redial() {
 function closed(code, reason) {
   if (!chat.dataset.final.split(" ").includes(String(code))) return lost();
   const stranger = !me || (code === 4401 && !last); // the form, with the reason, is the way on
-  if ([4401, 4403, 4404].includes(code)) store.set("me", (me = null));
   if (!stranger) return end(code, reason);
+  store.set("me", (me = null));
   state("outside");
   $("unusable").textContent = reason;
 }
@@ -126,9 +126,10 @@ function end(code, reason) {
   $("why").textContent = reason || "The server has ended the connection.";
   const texts = [...unsent.map((message) => message.text), text.value];
   $("rest").value = texts.filter(Boolean).join("\n"); // to be copied: nothing else will become of it
-  if (code !== 4409) store.set("unsent", (unsent = []));
-  $("again").textContent = code === 4409 ? "Go on here" : "Enter again";
-  $(code === 4409 ? "again" : "save").focus(); // the box has gone, and the focus with it
+  $("save").focus(); // the box has gone, and the focus with it
+  if (code === 4409) return; // the other tab goes on, and this one can again
+  store.set("me", null);
+  store.set("unsent", []);
 }
 
 setInterval(() => {
@@ -259,7 +260,6 @@ $("join").addEventListener("submit", (event) => {
 
 function leave() {
   if (!send({ leave: true })) socket?.close(); // the server will notice that we do not come back
-  store.set("me", (me = null));
   end(1000, "You have left this room.");
 }
 $("leave").addEventListener("click", leave);

@@ -112,6 +112,9 @@ async def test_what_was_given_back_when_leaving_is_not_sent_later(join, line):
     await writes(ann, "never to be said")
     await ann.click("#leave")
     assert await ann.input_value("#rest") == "never to be said"
+    async with ann.expect_download() as download:
+        await ann.click("#over .save")
+    assert "[not sent] never to be said\n" in await transcript(download)
     line.cut(up=True)
     await ann.click("text=Enter again")
     await enters(ann, "Ann")
@@ -146,7 +149,7 @@ async def test_a_second_tab_of_the_same_member_takes_over(join):
     await again.goto(ann.url)
     await again.wait_for_selector("[data-state=connected]")
     await shows(ann, "another tab", "#over")
-    await ann.click("text=Go on here")
+    await ann.click("text=Enter again")
     await ann.wait_for_selector("[data-state=connected]")
     await shows(again, "another tab", "#over")
 
