@@ -263,7 +263,6 @@ function leave() {
   end(1000, "You have left this room.");
 }
 $("leave").addEventListener("click", leave);
-$("again").addEventListener("click", () => location.reload());
 
 showUnsent();
 $("join").querySelector("button").disabled = false; // until now Enter would have been the browser's own
