@@ -61,18 +61,17 @@ let heard = Date.now(), spoke = Date.now();
 
 function dial() {
   if (!window.htmx) return; // on a slow line it comes after us; DOMContentLoaded will dial
-  clearTimeout(timer);
-  retryAt = 0;
+  letGo();
   heard = Date.now();
   socket = new WebSocket(`${location.origin.replace("http", "ws")}/r/${chat.dataset.code}/ws`);
   socket.onopen = hello;
-  socket.onmessage = ({ data }) => arrive(data);
-  socket.onclose = ({ code, reason }) => closed(code, reason);
+  socket.onmessage = arrive;
+  socket.onclose = closed;
   chat.dispatchEvent(new CustomEvent("dial", { detail: socket })); // for the wire view
 }
 
 function hello() {
-  send({ hello: me ? { token: me.token, after: last } : { name: $("name").value } });
+  return send({ hello: me ? { token: me.token, after: last } : { name: $("name").value } });
 }
 
 function send(frame) {
@@ -82,7 +81,9 @@ function send(frame) {
   return true;
 }
 
+// Hear no more of the old line, and try no more to get a new one.
 function letGo() {
+  clearTimeout(timer);
   if (socket) socket.onopen = socket.onmessage = socket.onclose = null;
 }
 
@@ -96,7 +97,6 @@ function lost() {
   const wait = Math.min(15_000, 500 * 2 ** tries) * (0.5 + Math.random() / 2);
   tries += 1;
   retryAt = Date.now() + wait;
-  clearTimeout(timer);
   timer = setTimeout(dial, wait);
 }
 
@@ -110,7 +110,7 @@ function redial() {
   dial();
 }
 
-function closed(code, reason) {
+function closed({ code, reason }) {
   if (!chat.dataset.final.split(" ").includes(String(code))) return lost();
   const stranger = !me || (code === 4401 && !last); // the form, with the reason, is the way on
   if (!stranger) return end(code, reason);
@@ -121,7 +121,6 @@ function closed(code, reason) {
 
 function end(code, reason) {
   letGo();
-  clearTimeout(timer);
   state("closed");
   $("why").textContent = reason || "The server has ended the connection.";
   const texts = [...unsent.map((message) => message.text), text.value];
@@ -145,7 +144,7 @@ addEventListener("pageshow", (event) => event.persisted && location.reload());
 
 // ── What arrives ──
 
-function arrive(data) {
+function arrive({ data }) {
   heard = Date.now();
   // The server's heartbeat sets the pace of ours, because timers stand still in a hidden tab.
   if (is("connected") && heard - spoke > 750 * chat.dataset.beat) send({ here: last });
@@ -254,8 +253,7 @@ $("join").addEventListener("submit", (event) => {
   if (!is("outside")) return; // Enter was pressed twice
   $("unusable").textContent = "";
   state("entering", "Connecting…");
-  if (socket?.readyState === WebSocket.OPEN) hello();
-  else dial();
+  if (!hello()) dial(); // after an unusable name the line is still open
 });
 
 function leave() {

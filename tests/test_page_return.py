@@ -185,7 +185,7 @@ async def test_whoever_leaves_before_the_welcome_does_not_come_back(join, line):
 
 async def test_an_unknown_close_code_is_no_end(join):
     ann = await join("Ann")
-    await ann.evaluate("letGo(); closed(4999, 'of a later version')")
+    await ann.evaluate("letGo(); closed({ code: 4999, reason: 'of a later version' })")
     await ann.wait_for_selector("[data-state=reconnecting]")
     await ann.wait_for_selector("[data-state=connected]")
 
