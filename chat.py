@@ -508,7 +508,7 @@ def in_frames(parts: list[str]) -> Iterator[str]:
 
 
 def beat(outbox: Outbox) -> None:
-    """Send a heartbeat, which a page that says nothing else answers; hang up on who is silent.
+    """Send a heartbeat, which the page of a member answers; hang up on who is silent.
 
     It lets a browser tell an idle room from a dead line. The server sets the pace, because the
     timers of a hidden tab are slow.

@@ -57,7 +57,7 @@ function tell(sentence) {
 
 let socket = null; // the one that counts; an older one is no longer listened to
 let tries = 0, timer = 0, retryAt = 0; // since we were connected; when the next one is due
-let heard = Date.now(), spoke = Date.now();
+let heard; // when something came last
 
 function dial() {
   if (!window.htmx) return; // on a slow line it comes after us; DOMContentLoaded will dial
@@ -77,7 +77,6 @@ function hello() {
 function send(frame) {
   if (socket?.readyState !== WebSocket.OPEN) return false;
   socket.send(JSON.stringify(frame));
-  spoke = Date.now();
   return true;
 }
 
@@ -146,8 +145,6 @@ addEventListener("pageshow", (event) => event.persisted && location.reload());
 
 function arrive({ data }) {
   heard = Date.now();
-  // The server's heartbeat sets the pace of ours, because timers stand still in a hidden tab.
-  if (is("connected") && heard - spoke > 750 * chat.dataset.beat) send({ here: last });
   htmx.swap({ sourceElement: chat, target: "#log", swap: "beforeend", text: data });
 }
 
@@ -156,6 +153,7 @@ function arrive({ data }) {
 chat.addEventListener("htmx:before:swap", ({ detail }) => {
   for (const { fragment, target } of detail.tasks) {
     if (target === $("unusable")) state("outside");
+    if (target === $("beat") && is("connected")) send({ here: last });
     for (const node of fragment.querySelectorAll("[data-token], [data-verdict], [data-seq]")) {
       if (node.dataset.token) welcome(node.dataset);
       else if (node.dataset.verdict) verdict(node.dataset, node.textContent);

@@ -1,5 +1,5 @@
 // The wire view: what goes over the WebSocket, as it happens. chat.js tells it of each new socket
-// with a "dial"; from there it takes $, chat, socket, redial, spoke, tries and retryAt, too.
+// with a "dial"; from there it takes $, chat, socket, redial, tries and retryAt, too.
 "use strict";
 {
   const KEPT = 200; // frames in the list
@@ -9,7 +9,7 @@
   const time = new Intl.DateTimeFormat("en-GB", CLOCK);
   const asked = new Map(); // when we sent what will be answered: a message, by its id, or a hello
   let held = []; // what a frozen page has not sent
-  let sent = spoke; // when the last frame really went out
+  let sent = Date.now(); // when the last frame really went out, at the latest
   const on = (id) => $(id).getAttribute("aria-pressed") === "true";
   const press = (id, pressed = !on(id)) => $(id).setAttribute("aria-pressed", pressed);
   const follow = () => on("wire-pause") || (scroller.scrollTop = scroller.scrollHeight);
@@ -138,7 +138,7 @@
   setInterval(() => {
     const { state } = chat.dataset;
     const left = seconds(sent + 1000 * wire.dataset.silence);
-    const silent = `open, but silent; the server lets go in about ${left}`;
+    const silent = `open, but silent; the server lets go within ${left}`;
     const wait = retryAt > Date.now() ? `try ${tries} in ${seconds(retryAt)}` : "trying";
     const words = { connected: on("wire-freeze") ? silent : "open", reconnecting: `reconnecting, ${wait}` };
     $("wire-state").textContent = words[state] ?? state;

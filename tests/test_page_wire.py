@@ -129,7 +129,7 @@ async def test_the_server_lets_go_of_whoever_freezes_and_nothing_is_lost(join):
     await shows_the_wire(ann)
     await ann.click("#wire-freeze")
     await writes(ann, "frozen")
-    await shows(ann, "the server lets go in about", "#wire-state")
+    await shows(ann, "the server lets go within", "#wire-state")
     await frames(ann, "↑ held", "say", "frozen")
     await frames(ann, "↓ in", "heartbeat")
     assert await messages(bob) == []
