@@ -187,9 +187,12 @@ function entry(li) {
 }
 
 function verdict({ id, verdict }, why) {
-  if (verdict === "confirmed") return settle(id);
-  takeBack(id);
-  tell(why);
+  const message = unsent.find((message) => message.id === id);
+  if (verdict === "refused" && message) {
+    write([message.text, text.value].filter(Boolean).join("\n")); // back into the box, to be changed
+    tell(why);
+  }
+  settle(id);
 }
 
 // ── What we write ──
@@ -209,13 +212,6 @@ function settle(id) {
   unsent = unsent.filter((message) => message.id !== id);
   if (inFlight === id) inFlight = null;
   showUnsent();
-}
-
-// Put a message that was not wanted back into the box, to be changed.
-function takeBack(id) {
-  const message = unsent.find((message) => message.id === id);
-  if (message) write([message.text, text.value].filter(Boolean).join("\n"));
-  settle(id);
 }
 
 function showUnsent() {

@@ -118,6 +118,16 @@ async def test_a_message_that_is_too_long_says_so_and_is_kept(join):
     await shows(ann, "x" * 2000)
 
 
+async def test_what_the_server_refuses_comes_back_into_the_box(join):
+    ann = await join("Ann")
+    await ann.fill("#text", "x" * 2001)
+    submit = "$('composer').dispatchEvent(new Event('submit', { cancelable: true }))"
+    await ann.evaluate(f"{submit}; text.value = 'meanwhile'")
+    await shows(ann, "A message has 1 to 2000 characters.", "#toast")
+    assert await ann.input_value("#text") == "x" * 2001 + "\nmeanwhile"
+    assert await ann.locator("#unsent li").count() == 0
+
+
 async def test_messages_of_one_member_in_a_row_are_a_group(join):
     ann, bob = await join("Ann"), await join("Bob")
     for page, text in ((ann, "one"), (ann, "two"), (bob, "three"), (ann, "four")):
