@@ -92,7 +92,7 @@ function lost() {
   if (is("outside", "closed")) return;
   const where = navigator.onLine ? "Connection lost." : "You are offline.";
   state(me ? "reconnecting" : "entering", `${where} Reconnecting…`);
-  inFlight = null;
+  sentLast = null;
   const wait = Math.min(15_000, 500 * 2 ** tries) * (0.5 + Math.random() / 2);
   tries += 1;
   retryAt = Date.now() + wait;
@@ -198,19 +198,18 @@ function verdict({ id, verdict }, why) {
 // ── What we write ──
 
 let unsent = store.get("unsent") || []; // [{id, text}], the oldest first
-let inFlight = null; // id of the one that waits for its echo
+let sentLast; // id of the one that was sent last over this line: it waits for its echo, or has it
 
 // One message at a time, the next when the echo of this one has come ("stop and wait"): our messages
 // keep their order whatever the network or the server's limits do to one of them.
 function pump() {
-  if (!is("connected") || inFlight || !unsent.length) return;
+  if (!is("connected") || !unsent.length) return;
   const { id, text } = unsent[0];
-  if (send({ say: text, id })) inFlight = id;
+  if (id !== sentLast && send({ say: text, id })) sentLast = id;
 }
 
 function settle(id) {
   unsent = unsent.filter((message) => message.id !== id);
-  if (inFlight === id) inFlight = null;
   showUnsent();
 }
 

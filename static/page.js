@@ -40,11 +40,11 @@ let patience;
 new MutationObserver(() => {
   clearTimeout(patience);
   if (is("connected") && lasting) say(""); // it was late, and has come
-  if (inFlight) patience = setTimeout(late, 5000, heard);
+  if (unsent.length) patience = setTimeout(late, 5000, heard);
 }).observe($("unsent"), { childList: true });
 
 function late(before) {
-  if (!inFlight || !is("connected")) return;
+  if (!is("connected")) return;
   const busy = "There were many messages from you, so they are being read more slowly.";
   say(heard > before ? busy : "Waiting for the network…");
 }
