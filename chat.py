@@ -389,16 +389,15 @@ def snapshot(member: Member, after: int) -> list[str]:
     another run, a line that says so, and what was said since."""
     room = member.room
     token = signer.dumps([room.code, room.start, RUN, member.id, member.name])
+    parts = [str(fragments.welcome(member, token))]
     # All messages after `complete` are in the history, or pending. (If 101 to 320 are pending, and the
     # history has 121 to 320, that is 100.)
     complete = min(room.forgotten, room.handed_out)
-    gap = []
     if after and not complete <= after <= room.handed_out:  # away too long, or not of this room
-        gap = [str(fragments.gap(complete, restarted=after < room.start))]
+        parts.append(str(fragments.gap(complete, restarted=after < room.start)))
         after = complete
     entries = sorted([*room.history, *room.notices])
-    given = [entry for seq, entry in entries if after < seq <= room.handed_out]
-    return [str(fragments.welcome(member, token)), *gap, *given]
+    return parts + [entry for seq, entry in entries if after < seq <= room.handed_out]
 
 
 def lose(outbox: Outbox) -> None:
@@ -412,10 +411,9 @@ def lose(outbox: Outbox) -> None:
 
 
 def leave(member: Member, what: str) -> None:
-    """Take a member out of its room, and close the room after the last one."""
+    """Take a member that is lost out of its room, and close the room after the last one."""
     room = member.room
-    if member.leaving:
-        member.leaving.cancel()
+    member.leaving.cancel()
     del room.members[member.id]
     close_if_empty(room.code)
     post(room, fragments.notice, name=member.name, what=what)
@@ -475,9 +473,9 @@ async def connection(code: str):
 
 
 async def relay(outbox: Outbox, ws) -> None:
-    """Carry frames from the outbox to the socket, until there is a Close instead.
+    """Carry frames from the outbox to the socket, until there is a Close: end the connection with it.
 
-    Always with a code: without, it would be 1000, and nobody would come back.
+    No handler may just return: the code would be 1000, and nobody would come back.
     """
     while True:
         match await outbox.get():
