@@ -32,7 +32,8 @@ The words:
              the entry that it has seen last. To come back and be given that is to resume
     token    signed proof of having been in a room; comes with the snapshot, is shown to come back
     evict    to hang up on a member that is too slow; it comes back by itself, and resumes
-    turn     one frame or request of an address is worked on, while its others wait in line
+    turn     one frame or request of an address is worked on, while its others wait in line; the time
+             that it takes is what the address pays with
 """
 
 import argparse
@@ -196,7 +197,7 @@ class Member:
     hue: int  # of its name, 0 to 15: the least used in its room
     allowance: Allowance  # kept when it comes back, or to do so would refill it
     outbox: Outbox | None = None  # None while reconnecting
-    leaving: asyncio.TimerHandle | None = None  # when it is lost: it may come back until then
+    leaving: asyncio.TimerHandle | None = None  # set by lose: until then it may come back
     posted: dict[int, int] = field(default_factory=dict)  # seqs of its messages by their hashed ids
 
 
@@ -360,7 +361,7 @@ def create_room(code: str, address: str = "") -> Room:
 
 
 def close_if_empty(code: str) -> None:
-    """Forget a room when nobody is in it any more, or has entered it in time. Its timers may run out."""
+    """Forget a room that nobody is in any more, or has entered in time. Its timers may run out."""
     if code in rooms and not rooms[code].members:
         del rooms[code]
 
@@ -415,7 +416,7 @@ def leave(member: Member, what: str) -> None:
     room = member.room
     member.leaving.cancel()
     del room.members[member.id]
-    close_if_empty(room.code)
+    close_if_empty(room.code)  # then there is nobody to hear of it
     post(room, fragments.notice, name=member.name, what=what)
     show_presence(room)
 
@@ -425,7 +426,7 @@ def leave(member: Member, what: str) -> None:
 
 @app.before_websocket
 async def handshake():
-    """Refuse to connect a page that is neither ours nor listed in CHAT_ORIGINS.
+    """Charge for a handshake, and refuse it to a page that is neither ours nor in CHAT_ORIGINS.
 
     Without this, every page on the internet could do so from its visitors' browsers. A page cannot
     choose its Origin; a program has to send one, too.
@@ -532,7 +533,7 @@ async def receive(code: str, outbox: Outbox, ws) -> None:
             outbox.deadline = math.inf  # for now it is not its silence
             await outbox.allowance.paid()
             async with turn(outbox.address, outbox.member and outbox.member.room):
-                if not outbox.end:  # else the page says its messages again on its next connection
+                if not outbox.end:  # else it has no effect; the page says its messages again
                     if outbox.member:
                         act(outbox.member, frame)
                     else:
@@ -656,7 +657,7 @@ def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
     except (BadSignature, TypeError, ValueError):
         of_code = None  # forged, or signed with the secret of another start: refused just below
     room = rooms.get(code)
-    # Neither of another room, nor of an earlier one with this code.
+    # Not of another room and, in this run, not of an earlier one with this code.
     if of_code != code or (room and run == RUN and start != room.start):
         raise Close(4401, "This room does not know you any more. Give your name again.")
     # For a while after a restart a room may be opened again, and entered without a word. That is from
