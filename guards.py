@@ -342,17 +342,16 @@ class Stream(ws_stream.WSStream):
         for event in self.connection.events():
             if self.closed or self.broken:
                 return
-            # Count what the application never sees. A message is counted where it is read, and a
-            # large frame comes in parts, each an event.
-            whole = isinstance(event, Message) and event.message_finished
-            part = isinstance(event, Message) and not event.frame_finished
-            if not whole and not part:
+            # Count what the application never sees: no message, which is counted where it is read,
+            # and no part of a frame, as large ones come in several.
+            message = isinstance(event, Message)
+            if not message or (event.frame_finished and not event.message_finished):
                 self.frames.spend(1)
                 if self.frames.left() < 0:
                     self.broken = True
                     why = (1008, "You sent too many pings or fragments.")
                     return await self.app_put({"type": "websocket.receive", "bytes": why})
-            if isinstance(event, Message):
+            if message:
                 with suppress(ws_stream.FrameTooLargeError):
                     self.buffer.extend(event)
                 self.broken = self.buffer.length > self.buffer.max_length
