@@ -268,11 +268,11 @@ class Requests(h11.Connection):
         event = super().next_event()
         if isinstance(event, h11.Request):
             headers = dict(event.headers)
-            host = headers.get(b"host", b"-")
+            host = headers.get(b"host", b"")
             fine = (
                 event.target.startswith(b"/")  # HTTP/2 begins with `*`
                 and len(event.target) < 2_000
-                and 0 < len(host) < 64  # it is drawn as a QR code
+                and len(host) < 64  # it is drawn as a QR code
                 and all(host.split(b".")[:-1])
                 and headers.get(b"content-length", b"0") == b"0"
                 and b"transfer-encoding" not in headers
