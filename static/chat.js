@@ -153,6 +153,7 @@ function arrive({ data }) {
 chat.addEventListener("htmx:before:swap", ({ detail }) => {
   for (const { fragment, target } of detail.tasks) {
     if (target === $("unusable")) state("outside");
+    // At the server's pace, because the timers of a hidden tab stand still.
     if (target === $("beat") && is("connected")) send({ here: last });
     for (const node of fragment.querySelectorAll("[data-token], [data-verdict], [data-seq]")) {
       if (node.dataset.token) welcome(node.dataset);
