@@ -26,7 +26,6 @@ const store = {
 
 let me = store.get("me"); // {member, token}, once the server has welcomed us
 let last = 0; // seq of the newest entry shown
-const shown = new Set(); // "member id" of messages shown, for those posted again after a restart
 
 // ── The state ──
 // outside ─▶ entering ───▶ connected ◀─▶ reconnecting    From each of them to closed, for good; and
@@ -176,14 +175,13 @@ function welcome(them) {
 
 function entry(li) {
   const { seq, from, id } = li.dataset;
-  const name = from + " " + id;
-  const mine = from && from === me?.member;
+  const mine = from && from === me?.member; // a newcomer is welcomed after what was said before
   if (mine) settle(id);
   const gap = li.classList.contains("gap"); // from here on the server counts anew
-  if (!gap && (seq <= last || shown.has(name))) return li.remove();
+  // After a restart what is shown can have been posted again, with another number.
+  const shown = $("log").querySelector(`[data-from="${from}"][data-id="${id}"]`);
+  if (!gap && (seq <= last || shown)) return li.remove();
   last = Number(seq);
-  if (from) shown.add(name);
-  if (shown.size > 5000) shown.delete(shown.values().next().value);
   if (mine) li.classList.add("mine");
 }
 
