@@ -9,22 +9,19 @@ const KEYBOARD = !matchMedia("(pointer: coarse)").matches; // on glass, focus wo
 
 // One tab is one member: sessionStorage survives a reload and is not shared with other tabs. Where it
 // is forbidden or full, all goes on until the next reload.
-const store = {
-  get(key) {
-    try {
-      return JSON.parse(sessionStorage.getItem(key + chat.dataset.code));
-    } catch {
-      return null;
-    }
-  },
-  set(key, value) {
-    try {
-      sessionStorage.setItem(key + chat.dataset.code, JSON.stringify(value));
-    } catch {}
-  },
-};
+const stored = {};
+try {
+  Object.assign(stored, JSON.parse(sessionStorage.getItem(chat.dataset.code)));
+} catch {}
 
-let me = store.get("me"); // {member, token}, once the server has welcomed us
+function store(what) {
+  Object.assign(stored, what);
+  try {
+    sessionStorage.setItem(chat.dataset.code, JSON.stringify(stored));
+  } catch {}
+}
+
+let me = stored.me; // {member, token}, once the server has welcomed us
 let last = 0; // seq of the newest entry shown
 
 // ── The state ──
@@ -112,7 +109,7 @@ function closed({ code, reason }) {
   if (!chat.dataset.final.split(" ").includes(String(code))) return lost();
   const stranger = !me || (code === 4401 && !last); // the form, with the reason, is the way on
   if (!stranger) return end(code, reason);
-  store.set("me", (me = null));
+  store({ me: (me = null) });
   state("outside");
   $("unusable").textContent = reason;
 }
@@ -125,8 +122,7 @@ function end(code, reason) {
   $("rest").value = texts.filter(Boolean).join("\n"); // to be copied: nothing else will become of it
   $("save").focus(); // the box has gone, and the focus with it
   if (code === 4409) return; // the other tab goes on, and this one can again
-  store.set("me", null);
-  store.set("unsent", []);
+  store({ me: null, unsent: [] });
 }
 
 setInterval(() => {
@@ -164,7 +160,7 @@ chat.addEventListener("htmx:before:swap", ({ detail }) => {
 });
 
 function welcome(them) {
-  store.set("me", (me = { member: them.member, token: them.token }));
+  store({ me: (me = { member: them.member, token: them.token }) });
   const entered = is("entering"), loaded = is("connecting");
   tries = 0;
   state("connected");
@@ -196,7 +192,7 @@ function verdict({ id, verdict }, why) {
 
 // ── What we write ──
 
-let unsent = store.get("unsent") || []; // [{id, text}], the oldest first
+let unsent = stored.unsent || []; // [{id, text}], the oldest first
 let sentLast; // id of the one that was sent last over this line: it waits for its echo, or has it
 
 // One message at a time, the next when the echo of this one has come ("stop and wait"): our messages
@@ -213,7 +209,7 @@ function settle(id) {
 }
 
 function showUnsent() {
-  store.set("unsent", unsent);
+  store({ unsent });
   $("unsent").replaceChildren(
     ...unsent.map((message) => {
       const li = $("unsent-entry").content.cloneNode(true);

@@ -1,5 +1,5 @@
 // What makes the page pleasant beside reading: writing, people, inviting. From chat.js it has $, chat,
-// text, me, store, is, send, say, tell and leave, from read.js all, arrivals, element and hidden.
+// text, me, stored, store, is, send, say, tell and leave, from read.js all, arrivals, element and hidden.
 "use strict";
 
 // ── Writing ──
@@ -7,7 +7,7 @@
 const TYPING_TELLS = 3000, TYPING_LASTS = 6000; // milliseconds; an end needs no frame, and cannot get lost
 let told = 0;
 
-text.value = store.get("draft") || "";
+text.value = stored.draft || "";
 text.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return; // composing: 你好, not a send
   if (event.keyCode === 229 || !KEYBOARD) return; // 229: how Safari says the same
@@ -15,7 +15,7 @@ text.addEventListener("keydown", (event) => {
   $("composer").requestSubmit();
 });
 text.addEventListener("input", () => {
-  store.set("draft", text.value);
+  store({ draft: text.value });
   const length = [...text.value.normalize("NFC")].length, most = Number(text.dataset.most);
   text.setCustomValidity(length > most ? `${length - most} characters too many. Please send it in parts.` : "");
   $("counter").textContent = length > 0.9 * most ? `${length} of ${most} characters` : "";
@@ -118,7 +118,7 @@ function menu(li, host) {
 
 function hide(member) {
   if (!hidden.delete(member)) hidden.add(member);
-  store.set("hidden", [...hidden]);
+  store({ hidden: [...hidden] });
   for (const li of all(`[data-from="${member}"]`)) li.hidden = hidden.has(member);
   for (const li of all(`[data-member="${member}"]`)) li.classList.toggle("unseen", hidden.has(member));
   tell(hidden.has(member) ? "You do not see their messages any more." : "You see their messages again.");

@@ -1,5 +1,5 @@
 // Reading: it arranges what chat.js has put into the log, follows it to the end, counts what is unread,
-// and takes it home. From chat.js it has $, chat, text, me, unsent, store and is.
+// and takes it home. From chat.js it has $, chat, text, me, unsent, stored and is.
 "use strict";
 
 const log = $("log"), scroller = $("scroller");
@@ -20,7 +20,7 @@ const DAY = new Intl.DateTimeFormat([], { dateStyle: "full" });
 const STAMP = new Intl.DateTimeFormat("sv", { dateStyle: "short", timeStyle: "medium" }); // 2026-11-23 14:05:09
 const NAMES = new Intl.ListFormat("en-GB");
 const removed = []; // lines of the transcript whose entries are no longer in the page
-const hidden = new Set(store.get("hidden")); // members whose messages are not to be seen here
+const hidden = new Set(stored.hidden); // members whose messages are not to be seen here
 const unreadLine = element("li", "New", { className: "unread" });
 unreadLine.setAttribute("aria-hidden", "true");
 let atEnd = true; // the reader is at the end of the log, which then follows what is new

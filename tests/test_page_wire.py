@@ -81,8 +81,8 @@ async def test_the_wire_view_shows_the_frames_of_both_directions_but_no_token(se
     await frames(ann, "↓ in", f"welcome, entries {first} to {last}", "ms from hello to welcome")
     bob.send(leave=True)
     await frames(ann, "presence")
-    stored = await ann.evaluate("sessionStorage.getItem('mePARTY2')")
-    token = json.loads(stored)["token"]
+    stored = await ann.evaluate("sessionStorage.getItem('PARTY2')")
+    token = json.loads(stored)["me"]["token"]
     assert token not in await ann.locator("#wire").evaluate("panel => panel.outerHTML")
     assert ann.errors == []
 
