@@ -25,8 +25,8 @@ let me = stored.me; // {member, token}, once the server has welcomed us
 let last = 0; // seq of the newest entry shown
 
 // ── The state ──
-// outside ─▶ entering ───▶ connected ◀─▶ reconnecting    From each of them to closed, for good; and
-//            connecting ───▲ (a reload: with a token)     back outside if the server does not want us.
+// outside ─▶ entering ─▶ connected ◀─▶ reconnecting, with which a reload begins, too. From each of
+// them to closed, for good; and back outside if the server does not want us.
 
 const is = (...names) => names.includes(chat.dataset.state);
 let lasting = ""; // the sentence that belongs to the state
@@ -159,13 +159,13 @@ chat.addEventListener("htmx:before:swap", ({ detail }) => {
   pump(); // only now: the echo of what we would send may have been in there
 });
 
-function welcome(them) {
-  store({ me: (me = { member: them.member, token: them.token }) });
-  const entered = is("entering"), loaded = is("connecting");
-  tries = 0;
+function welcome({ member, token }) {
+  store({ me: (me = { member, token }) });
+  const entered = is("entering");
   state("connected");
-  if (!entered && !loaded) tell("Connected again.");
-  if (entered || (loaded && KEYBOARD)) text.focus();
+  if (!entered && tries) tell("Connected again.");
+  else if (entered || KEYBOARD) text.focus(); // KEYBOARD: after a reload
+  tries = 0;
   showUnsent(); // anew, and so is the patience with which page.js waits for the echo
 }
 
@@ -252,6 +252,6 @@ $("leave").addEventListener("click", leave);
 
 showUnsent();
 $("join").querySelector("button").disabled = false; // until now Enter would have been the browser's own
-state(me ? "connecting" : "outside", me ? "Connecting…" : "");
-if (!me) $("name").focus();
-addEventListener("DOMContentLoaded", () => is("connecting", "entering") && dial());
+if (me) state("reconnecting", "Connecting…");
+else $("name").focus();
+addEventListener("DOMContentLoaded", () => is("reconnecting", "entering") && dial());
