@@ -29,24 +29,19 @@ let last = 0; // seq of the newest entry shown
 // them to closed, for good; and back outside if the server does not want us.
 
 const is = (...names) => names.includes(chat.dataset.state);
-let lasting = ""; // the sentence that belongs to the state
-let telling; // the timer of one that does not
 
 function state(name, sentence = "") {
   chat.dataset.state = name;
-  say(sentence);
+  $("status").textContent = sentence;
 }
 
-function say(sentence) {
-  clearTimeout(telling);
-  $("status").textContent = lasting = sentence;
-}
+let telling; // the timer of tell
 
-// Say for a moment what changes nothing, over the sentence that stays.
+// Say for a moment what changes nothing.
 function tell(sentence) {
   clearTimeout(telling);
-  $("status").textContent = sentence;
-  telling = setTimeout(() => say(lasting), 3000);
+  $("told").textContent = sentence;
+  telling = setTimeout(() => $("told").replaceChildren(), 3000);
 }
 
 // ── The connection ──

@@ -1,5 +1,5 @@
 // What makes the page pleasant beside reading: writing, people, inviting. From chat.js it has $, chat,
-// text, me, stored, store, is, send, say, tell and leave, from read.js all, arrivals, element and hidden.
+// text, me, stored, store, is, state, send, tell and leave, from read.js all, arrivals, element and hidden.
 "use strict";
 
 // ── Writing ──
@@ -39,14 +39,14 @@ $("composer").addEventListener("submit", () => {
 let patience;
 new MutationObserver(() => {
   clearTimeout(patience);
-  if (is("connected") && lasting) say(""); // it was late, and has come
+  if (is("connected")) state("connected"); // what was late has come
   if (unsent.length) patience = setTimeout(late, 5000, heard);
 }).observe($("unsent"), { childList: true });
 
 function late(before) {
   if (!is("connected")) return;
   const busy = "There were many messages from you, so they are being read more slowly.";
-  say(heard > before ? busy : "Waiting for the network…");
+  state("connected", heard > before ? busy : "Waiting for the network…");
 }
 
 $("send").addEventListener("mousedown", (event) => event.preventDefault()); // or the keyboard would close

@@ -11,7 +11,7 @@ async def test_the_link_is_copied(join):
     ann = await join("Ann")
     await ann.context.grant_permissions(["clipboard-read", "clipboard-write"])
     await ann.click("header .copy")
-    await shows(ann, "The link is copied.", "#status")
+    await shows(ann, "The link is copied.", "#told")
     assert await ann.evaluate("navigator.clipboard.readText()") == ann.url
 
 

@@ -227,9 +227,9 @@ async def test_a_message_without_an_echo_says_what_it_waits_for(join, line):
     line.cut()
     line.silent = set()
     await shows(bob, "into the void")
-    await shows(ann, "Connected again.", "#status")
+    await shows(ann, "Connected again.", "#told")
     await ann.clock.fast_forward(3000)
-    await expect(ann.locator("#status")).to_have_text("")
+    await expect(ann.locator("#told")).to_have_text("")
     line.silent = {"out"}  # the server is heard, but it does not hear us
     await writes(ann, "one of many")
     await writes(bob, "still here")
