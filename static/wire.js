@@ -43,17 +43,10 @@
     parts.data = parts.data?.replace(/(token"?[:=]")[^"]+/g, "$1••••••");
     for (const name in parts)
       for (const slot of row.querySelectorAll("." + name)) slot.textContent = parts[name];
-    row.classList.add(way.slice(2));
-    row.dataset.kinds = kinds;
-    sift(row);
+    row.className = `${way.slice(2)} ${kinds}`; // by which chat.css leaves out what is not wanted
     list.append(row);
     while (list.childElementCount > KEPT) list.firstElementChild.remove();
     follow();
-  }
-  // Leave out what has nothing but kinds that are not wanted.
-  function sift(row) {
-    const unwanted = (kind) => $("wire-" + kind)?.checked === false;
-    row.hidden = row.dataset.kinds.split(", ").every(unwanted);
   }
   function answered(id, way) {
     const took = performance.now() - asked.get(id); // NaN, if it was not ours
@@ -81,7 +74,7 @@
     });
     const line = onTheLine(target, 1, 0, encode(data));
     const frame = { words: words.filter(Boolean).join("\n"), data, ...line };
-    show("↓ in", commas(what), commas([...kinds, first && "entry"]), frame);
+    show("↓ in", commas(what), [...kinds, first && "entry"].join(" "), frame);
   }
   function outgoing(socket, data) {
     if (socket.readyState !== WebSocket.OPEN) return; // thawed too late
@@ -148,7 +141,6 @@
   $("wire-freeze").onclick = () => (on("wire-freeze") ? thaw() : press("wire-freeze"));
   $("wire-twice").onclick = () => press("wire-twice");
   $("wire-pause").onclick = () => press("wire-pause") || follow();
-  $("wire-filter").onchange = () => [...list.children].forEach(sift);
   const reading = ({ target }) => target.open && press("wire-pause", true); // or it would move away
   list.addEventListener("toggle", reading, true);
   addEventListener("keydown", ({ key, isComposing }) => {
