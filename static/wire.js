@@ -94,7 +94,7 @@
     show("↑ out", ...row);
     if (verb !== "say" || !on("wire-twice")) return;
     press("wire-twice", false);
-    socket.send(data);
+    setTimeout(() => socket.send(data), 500); // with the echo on its way, it would have no answer
   }
   function thaw() {
     press("wire-freeze", false);
