@@ -214,6 +214,18 @@ async def test_who_gave_an_unusable_name_and_waits_can_still_enter(tab):
     await enters(ann, "Ann")
 
 
+async def test_who_enters_while_the_line_of_an_unusable_name_closes_stays_in(tab):
+    ann = await tab()
+    await ann.fill("#name", "x" * 30)
+    await ann.press("#name", "Enter")
+    await shows(ann, "at most 24", "#unusable")
+    await ann.fill("#name", "Ann")
+    await ann.evaluate("socket.close(); $('join').requestSubmit()")
+    await ann.wait_for_selector("[data-state=connected]")
+    await asyncio.sleep(1)  # in which the next try would have been made
+    assert await ann.get_attribute("#chat", "data-state") == "connected"
+
+
 async def test_nothing_is_stuck_when_a_connection_is_replaced_while_it_opens(join, line):
     ann = await join("Ann", line)
     for number in range(5):
