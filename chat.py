@@ -98,7 +98,7 @@ SETTINGS = {  # in the environment, as in CHAT_MEMBERS=40: the default, and what
 }
 JOIN_DEADLINE = 10  # seconds to say hello
 GRACE_CLOSED = 5  # seconds to come back after closing the page: a reload is no leaving
-UNENTERED = 600  # seconds that a room waits for its first member
+UNENTERED = 600  # seconds that a room waits for its first member, at most
 ALPHABET = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # of room codes, which are read out: no 0 O 1 I L
 ID = re.compile("[A-Za-z0-9_-]{1,64}")  # of a message
 ONLY_HERE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])([:/]|$)")  # on this machine
@@ -108,7 +108,7 @@ FRAME_SIZE = 16_384  # characters of a frame of a snapshot; what is handed out i
 DOUBLE_WORK = 262_144  # a frame of so many characters takes twice as long to send as a short one
 NAMES_PER_SECOND = 500  # in lists of members, shown to one member
 PENDING_BYTES = 98_304  # while more is pending in a room, what its members say has to wait
-HANDSHAKE = 0.0005  # seconds of its share that one takes, most of them in Hypercorn
+HANDSHAKE = 0.0005  # seconds that one takes, most of them in Hypercorn: its address pays for them
 
 # The codes with which connections end, what they mean, and whether the page comes back by itself.
 # To what breaks the protocol of WebSockets itself, wsproto answers with 1002 or 1007.
@@ -118,7 +118,7 @@ CLOSE_CODES = {
     1009: ("that frame was too large", "no"),
     1011: ("the server has made a mistake", "yes"),
     1012: ("the server restarts", "yes"),
-    1013: ("you were too slow, silent or one too many, or we made a mistake", "yes"),
+    1013: ("you were too slow or silent, a limit is reached, or we made a mistake", "yes"),
     4401: ("this token is not for this room", "no, give a name again"),
     4403: ("you have been removed, or the room is locked", "no"),
     4404: ("there is no such room, or it has closed", "no"),
@@ -136,7 +136,7 @@ class Close(Exception):
 
 class Chat(Quart):
     async def handle_request(self, request):
-        """Answer a request (and no WebSocket) when it is the turn of its address."""
+        """Answer a request by HTTP when it is the turn of its address."""
         async with turn(address_of(request)):
             response = await super().handle_request(request)
         response.headers.setdefault("Cache-Control", "no-store")
@@ -205,7 +205,9 @@ class Member:
 class Room:
     code: str
     creator: str  # address of who has opened it; empty: main has
-    start: int  # seq with which it began; in its tokens, to tell it from later rooms of this code
+    # The seq with which it began: that time in milliseconds. Its tokens have it, so that they are not
+    # good for a later room with this code.
+    start: int
     seq: int  # of the latest entry
     handed_out: int  # seq of the latest entry that is not pending
     forgotten: int  # no message up to this seq is in the history any more
@@ -355,13 +357,13 @@ def create_room(code: str, address: str = "") -> Room:
     # begins above its old ones, so that an old number is not mistaken for a new one.
     now = time.time_ns() // 1_000_000
     room = rooms[code] = Room(code, address, start=now, seq=now, handed_out=now, forgotten=now)
-    if address:  # else it is the one that the terminal shows: it may wait longer
+    if address:  # else it is the one that the terminal shows, and may wait
         later(UNENTERED, close_if_empty, code)
     return room
 
 
 def close_if_empty(code: str) -> None:
-    """Forget a room that nobody is in any more, or has entered in time. Its timers may run out."""
+    """Forget a room if nobody is in it, any more or in time. Its timers still fire, to no effect."""
     if code in rooms and not rooms[code].members:
         del rooms[code]
 
@@ -370,7 +372,7 @@ def enter(member: Member, outbox: Outbox, after: int) -> None:
     """Connect a member, and give it what was said since the entry `after`; 0: all we remember.
 
     To be given the snapshot and to become a receiver is one step: what has been handed out is in the
-    one, and what is pending comes with the next hand-out. With an await in here, an entry of that
+    snapshot, and what is pending comes with the next hand-out. With an await in here, an entry of that
     moment could be in both, or in neither.
     """
     room = member.room
@@ -391,8 +393,9 @@ def snapshot(member: Member, after: int) -> list[str]:
     room = member.room
     token = signer.dumps([room.code, room.start, RUN, member.id, member.name])
     parts = [str(fragments.welcome(member, token))]
-    # All messages after `complete` are in the history, or pending. (If 101 to 320 are pending, and the
-    # history has 121 to 320, that is 100.)
+    # The history drops old messages when new ones are posted, handed out or not, so `forgotten` can be
+    # ahead of `handed_out`. After the lesser of them no message is missing: if 101 to 320 are pending,
+    # and the history has 121 to 320, these are 120 and 100, and whoever has seen 100 has missed nothing.
     complete = min(room.forgotten, room.handed_out)
     if after and not complete <= after <= room.handed_out:  # away too long, or not of this room
         parts.append(str(fragments.gap(complete, restarted=after < room.start)))
@@ -426,16 +429,17 @@ def leave(member: Member, what: str) -> None:
 
 @app.before_websocket
 async def handshake():
-    """Charge for a handshake, and refuse it to a page that is neither ours nor in CHAT_ORIGINS.
+    """Charge for a handshake; refuse it to a page neither ours nor in CHAT_ORIGINS, or to nowhere.
 
-    Without this, every page on the internet could do so from its visitors' browsers. A page cannot
+    Without this, every page on the internet could connect from its visitors' browsers. A page cannot
     choose its Origin; a program has to send one, too.
     """
     allowed = limits["ORIGINS"].lower().replace(",", " ").split()
     allowed.append(guards.site(websocket, limits["PROXIES"]))
     address = address_of(websocket)
     async with turn(address):
-        share_of(address)[0].spend(HANDSHAKE)
+        share, _ = share_of(address)
+        share.spend(HANDSHAKE)
         if websocket.headers.get("Origin", "").lower() not in allowed:
             note("An Origin that is neither ours nor in CHAT_ORIGINS has tried to connect")
             return "This page may not connect here.", 403
@@ -495,7 +499,7 @@ async def relay(outbox: Outbox, ws) -> None:
 def in_frames(parts: list[str]) -> Iterator[str]:
     """Join fragments to frames of at most FRAME_SIZE, unless a single one is larger.
 
-    Each when its turn has come: what waits in an outbox is no copy of the history.
+    Each is made only when it is sent: what waits in an outbox is no copy of the history.
     """
     frame = ""
     for fragment in parts:
@@ -515,7 +519,7 @@ def beat(outbox: Outbox) -> None:
     left = outbox.deadline - time.monotonic()
     if left <= 0:
         return hang_up(outbox, 1013, "We have waited for you for too long. Come back.")
-    # By chance a little earlier: who has come in one moment does not answer in one for ever.
+    # By chance a little earlier, or those who have come together would answer together for ever.
     pause = limits["BEAT"] * random.uniform(0.8, 1)
     outbox.next_beat = later(min(pause, left), beat, outbox)
     send(outbox, str(fragments.beat()))
@@ -530,7 +534,7 @@ async def receive(code: str, outbox: Outbox, ws) -> None:
     try:
         while True:
             frame = parse(await ws.receive(), outbox.allowance)
-            outbox.deadline = math.inf  # for now it is not its silence
+            outbox.deadline = math.inf  # while we work on a frame, nobody is to blame for silence
             await outbox.allowance.paid()
             async with turn(outbox.address, outbox.member and outbox.member.room):
                 if not outbox.end:  # else it has no effect; the page says its messages again
@@ -540,7 +544,7 @@ async def receive(code: str, outbox: Outbox, ws) -> None:
                         hello(code, outbox, frame)
             frame = None  # as in relay
             outbox.deadline = time.monotonic() + 2.5 * limits["BEAT"]
-    except Close as end:  # a member that has left, or has broken a rule, does not come back
+    except Close as end:  # who has left, or has broken a rule, is not expected back
         outbox.grace = 0
         hang_up(outbox, end.code, end.reason)
     except Exception:
@@ -606,7 +610,7 @@ def act(member: Member, frame: dict) -> None:
                 hang_up(other.outbox, 4403, REMOVED)
             leave(other, "was removed")
         case {"here": int()} | {"lock": bool()} | {"remove": str()}:
-            pass  # a heartbeat's answer; or by who is no host (any more), or about who has left
+            pass  # the answer to a heartbeat; or its sender is no host, or who is to go has gone
         case _:
             raise Close(1008, "That is not a frame of this chat.")
 
@@ -614,7 +618,7 @@ def act(member: Member, frame: dict) -> None:
 def say(member: Member, id: str, text: str) -> None:
     """Post what a member says, once; or tell it that this had been posted, or why it cannot be."""
     key = hash(id)  # smaller to remember
-    if seq := member.posted.get(key):  # sent again, because the echo had not reached it
+    if seq := member.posted.get(key):  # it is sent again, because the echo had not arrived
         if seq <= member.room.handed_out:  # else the echo is still to come
             send(member.outbox, str(fragments.verdict(id, "confirmed", "")))
         return
@@ -657,12 +661,12 @@ def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
     except (BadSignature, TypeError, ValueError):
         of_code = None  # forged, or signed with the secret of another start: refused just below
     room = rooms.get(code)
-    # Not of another room and, in this run, not of an earlier one with this code.
+    # Refused: a token of another room or, in this run, of an earlier room with this code.
     if of_code != code or (room and run == RUN and start != room.start):
         raise Close(4401, "This room does not know you any more. Give your name again.")
-    # For a while after a restart a room may be opened again, and entered without a word. That is from
-    # when it was opened again or, before that, from when we first saw a token of that run (and not from
-    # our start: a proxy may bring us the rooms of another process, which has died).
+    # After a restart a token opens its room again, and lets its member in without a word, for a grace.
+    # That counts from when the room was opened again or, if it is not yet, from when we first saw a
+    # token of that run (not from our start: a proxy may bring us the rooms of a process that has died).
     now = time.time()
     since = room.start / 1000 if room else other_runs.setdefault(run, now)
     restarted = run != RUN and now - since < limits["GRACE"]
@@ -677,7 +681,7 @@ def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
         else:
             add_member(room, id, name, outbox, after, restarted)
     except Close as close:
-        # What is full, or has been reached, will not be so for long: worth another try.
+        # What is full, and a limit that is reached, will not be so for long: worth another try.
         raise Close(1013 if close.code in (1008, 4503) else close.code, close.reason) from None
 
 
@@ -685,7 +689,7 @@ def add_member(room: Room, id: str, name: str, outbox: Outbox, after=0, restarte
     """Make a member, and have it enter.
 
     Close: 4403 the room is locked, 4503 it or the server is full, or too many have joined.
-    restarted: its token is of before a restart just now; it enters without a notice, locked or not.
+    restarted: its token is from before a recent restart; it enters without a notice, locked or not.
     """
     if room.locked and not restarted:
         raise Close(4403, "This room is locked: nobody new comes in.")
@@ -744,7 +748,7 @@ async def turn(address: str, room: Room | None = None) -> AsyncIterator[None]:
                 finally:
                     took = time.perf_counter() - started
                     share.spend(took)
-                break
+                break  # done; else another try, when the room has rested
         await asyncio.sleep(room.rests_until - time.monotonic())  # others of the address go on
     if took > limits["SHARE"] / 1_000:  # a thousandth of its share of a second
         await asyncio.sleep(0)  # until the event loop's next pass: others go first
@@ -756,13 +760,13 @@ def quota(limit: str, address: str) -> Allowance:
     return Allowance(limits[limit] / 600, limits[limit])
 
 
-def charge(tokens: int, limit: str, address: str, refusal: Close) -> None:
-    """Take tokens, or 0, of such a limit from an address; raise the refusal if none is left."""
+def charge(amount: int, limit: str, address: str, refusal: Close) -> None:
+    """Take 1 of what an address has of a limit, or 0; raise the refusal if none is left, for 0 too."""
     bucket = quota(limit, address)
     if bucket.left() < 1:
         note(f"CHAT_{limit} is reached", address)
         raise refusal
-    bucket.spend(tokens)
+    bucket.spend(amount)
 
 
 def find_room(code: str, address: str) -> Room | None:
