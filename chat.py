@@ -98,7 +98,7 @@ SETTINGS = {  # in the environment, as in CHAT_MEMBERS=40: the default, and what
 }
 JOIN_DEADLINE = 10  # seconds to say hello
 GRACE_CLOSED = 5  # seconds to come back after closing the page: a reload is no leaving
-UNENTERED = 600  # seconds that a room waits for its first member, at most
+UNENTERED = 600  # seconds that a room waits for its first member
 ALPHABET = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # of room codes, which are read out: no 0 O 1 I L
 ID = re.compile("[A-Za-z0-9_-]{1,64}")  # of a message
 ONLY_HERE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])([:/]|$)")  # on this machine
@@ -358,13 +358,14 @@ def create_room(code: str, address: str = "") -> Room:
     now = time.time_ns() // 1_000_000
     room = rooms[code] = Room(code, address, start=now, seq=now, handed_out=now, forgotten=now)
     if address:  # else it is the one that the terminal shows, and may wait
-        later(UNENTERED, close_if_empty, code)
+        later(UNENTERED, close_if_empty, code, now)
     return room
 
 
-def close_if_empty(code: str) -> None:
+def close_if_empty(code: str, start: int) -> None:
     """Forget a room if nobody is in it, any more or in time. Its timers still fire, to no effect."""
-    if code in rooms and not rooms[code].members:
+    room = rooms.get(code)
+    if room and room.start == start and not room.members:
         del rooms[code]
 
 
@@ -419,7 +420,7 @@ def leave(member: Member, what: str) -> None:
     room = member.room
     member.leaving.cancel()
     del room.members[member.id]
-    close_if_empty(room.code)  # then there is nobody to hear of it
+    close_if_empty(room.code, room.start)  # then there is nobody to hear of it
     post(room, fragments.notice, name=member.name, what=what)
     show_presence(room)
 
@@ -449,10 +450,10 @@ async def handshake():
 
 @app.websocket("/r/<code>/ws")
 async def connection(code: str):
-    """Serve one connection: receive and relay side by side, until relay finds a Close.
+    """Serve one connection: receive and relay side by side, until relay has found a Close or failed.
 
-    Whatever ends receive puts one into the outbox: a member that can still hear but no longer speak
-    is worse than one that is gone. If it is the browser that ends the connection, Quart cancels this.
+    What fails in receive puts a Close into the outbox: a member that can still hear but no longer
+    speak is worse than one that is gone. If the browser ends the connection, Quart cancels this.
     """
     ws = websocket._get_current_object()  # what `websocket` stands for, looked up once
     # Accept even whom we turn away below: browsers tell a page no code but that of a close.
@@ -480,7 +481,7 @@ async def connection(code: str):
 async def relay(outbox: Outbox, ws) -> None:
     """Carry frames from the outbox to the socket, until there is a Close: end the connection with it.
 
-    No handler may just return: the code would be 1000, and nobody would come back.
+    Without one the code would be 1000, and nobody would come back.
     """
     while True:
         match await outbox.get():
@@ -944,6 +945,7 @@ async def run(listener: socket.socket) -> None:
     config = Config()
     config.bind = [f"fd://{listener.dup().detach()}"]
     config.backlog = 4  # asyncio accepts so many in one pass of the loop: a thousand would stop it
+    config.graceful_timeout = 1  # second to end in, at a stop
     config.websocket_max_message_size = LARGEST_FRAME
     config.loglevel, config.include_server_header = "WARNING", False
     await serve(app, config, shutdown_trigger=stopped)

@@ -212,6 +212,16 @@ async def test_a_room_that_nobody_enters_closes(client, monkeypatch):
     assert not chat.rooms
 
 
+async def test_a_code_used_again_waits_as_long_for_somebody_to_enter(tab, client, monkeypatch):
+    monkeypatch.setattr(chat, "UNENTERED", 0.3)
+    await client.post("/r/PARTY2")
+    await (await (await tab()).hello(name="Ann")).leaves()
+    await asyncio.sleep(0.2)
+    await client.post("/r/PARTY2")
+    await asyncio.sleep(0.2)
+    assert "PARTY2" in chat.rooms
+
+
 async def test_when_rooms_are_full_one_that_nobody_has_entered_makes_way(tab, client, monkeypatch):
     monkeypatch.setitem(limits, "ROOMS", 2)
     await (await tab()).hello(name="Ann")

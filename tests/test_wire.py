@@ -1,6 +1,7 @@
 """The chat on the wire: a real server and real sockets."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -157,6 +158,22 @@ async def test_who_is_refused_a_handshake_cannot_stay(standing, key, early):
         assert b" 400 " in await reader.read()  # which is all until the end
     writer.close()
     await until(lambda: health(standing)["connections"] == 0)  # nor does its handler
+
+
+async def test_who_goes_on_after_a_refusal_fills_no_log(standing):
+    for _ in range(30):
+        reader, writer = await asyncio.open_connection("127.0.0.1", standing.port)
+        writer.write(
+            b"GET /nowhere HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: http://127.0.0.1\r\n"
+            b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        await reader.readexactly(1)  # the answer has begun
+        writer.write(b"\x81\x80\0\0\0\0")
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+    assert "Traceback" not in standing.complaints()
 
 
 async def test_a_request_has_no_body(server):
