@@ -103,7 +103,7 @@ ALPHABET = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # of room codes, which are read ou
 ID = re.compile("[A-Za-z0-9_-]{1,64}")  # of a message
 ONLY_HERE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])([:/]|$)")  # on this machine
 NOTICES_REMEMBERED = 30  # of a room
-IDS_REMEMBERED = 40  # of each member's messages; our page, which waits for each echo, needs one
+IDS_REMEMBERED = 128  # of each member's messages; our page, which waits for each echo, needs one
 FRAME_SIZE = 16_384  # characters of a frame of a snapshot; what is handed out is one frame
 DOUBLE_WORK = 262_144  # a frame of so many characters takes twice as long to send as a short one
 NAMES_PER_SECOND = 500  # in lists of members, shown to one member
@@ -198,7 +198,7 @@ class Member:
     allowance: Allowance  # kept when it comes back, or to do so would refill it
     outbox: Outbox | None = None  # None while reconnecting
     leaving: asyncio.TimerHandle | None = None  # set by lose: until then it may come back
-    posted: dict[int, int] = field(default_factory=dict)  # seqs of its messages by their hashed ids
+    posted: deque[int] = field(default_factory=lambda: deque(maxlen=IDS_REMEMBERED))  # hashed
 
 
 @dataclass(eq=False, slots=True)
@@ -619,8 +619,9 @@ def act(member: Member, frame: dict) -> None:
 def say(member: Member, id: str, text: str) -> None:
     """Post what a member says, once; or tell it that this had been posted, or why it cannot be."""
     key = hash(id)  # smaller to remember
-    if seq := member.posted.get(key):  # it is sent again, because the echo had not arrived
-        if seq <= member.room.handed_out:  # else the echo is still to come
+    if key in member.posted:  # it is sent again, because the echo had not arrived
+        mark = f'data-from="{member.id}" data-id="{id}"'  # as fragments.html writes it
+        if mark not in member.room.pending:  # else the echo is still to come
             send(member.outbox, str(fragments.verdict(id, "confirmed", "")))
         return
     text = guards.clean(text)
@@ -629,9 +630,7 @@ def say(member: Member, id: str, text: str) -> None:
         return send(member.outbox, str(fragments.verdict(id, "refused", why)))
     pieces = guards.PIECES.split(text, maxsplit=50)  # text, code or a link, text, and so on
     post(member.room, fragments.message, member=member, id=id, pieces=pieces)
-    member.posted[key] = member.room.seq
-    if len(member.posted) > IDS_REMEMBERED:
-        del member.posted[next(iter(member.posted))]  # the oldest
+    member.posted.append(key)
 
 
 # ── Who comes in ─────────────────────────────────────────────────────────────────────────────────
@@ -945,7 +944,6 @@ async def run(listener: socket.socket) -> None:
     config = Config()
     config.bind = [f"fd://{listener.dup().detach()}"]
     config.backlog = 4  # asyncio accepts so many in one pass of the loop: a thousand would stop it
-    config.graceful_timeout = 1  # second to end in, at a stop
     config.websocket_max_message_size = LARGEST_FRAME
     config.loglevel, config.include_server_header = "WARNING", False
     await serve(app, config, shutdown_trigger=stopped)

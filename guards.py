@@ -210,7 +210,7 @@ def install(app: Quart, connections: float) -> None:
     # Talk leaves no garbage that Python has to look for, a connection some 100 objects: it looks through
     # the newest when there are 10,000 more, and through all after 400,000. At its own 700 it does so
     # amid talk, and at times through all there is: everybody waits, for 0.3 s with 2,000 members.
-    gc.set_threshold(10_000, 5, 5)
+    gc.set_threshold(10_000, 1, 20)
 
 
 def harden(listener: socket.socket) -> None:

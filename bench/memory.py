@@ -18,7 +18,7 @@ from bench.peer import FREE, HERE, Peer, Server, progress
 WIDE = 4  # bytes that a str takes for each of its characters, if only one of them is Astral
 LARGEST_ENTRY = 20_600  # characters of the largest entry, see LARGEST
 HEAD = 130  # bytes of an entry beside its text: tuple, number
-ID = 125  # bytes of the id of a message: its hash and its seq, and their place in a dict
+ID = 40  # bytes of the id of a message: its hash, and a place in a deque
 ATTACKS = (
     "deflate bomb",
     "flood after 1009",
