@@ -106,6 +106,7 @@ NOTICES_REMEMBERED = 30  # of a room
 IDS_REMEMBERED = 128  # of each member's messages; our page, which waits for each echo, needs one
 FRAME_SIZE = 16_384  # characters of a frame of a snapshot; what is handed out is one frame
 DOUBLE_WORK = 262_144  # a frame of so many characters takes twice as long to send as a short one
+OUTBOXES_AT_ONCE = 50  # to send to so many takes about 2 ms
 NAMES_PER_SECOND = 500  # in lists of members, shown to one member
 PENDING_BYTES = 98_304  # while more is pending in a room, what its members say has to wait
 HANDSHAKE = 0.0005  # seconds that one takes, most of them in Hypercorn: its address pays for them
@@ -219,6 +220,7 @@ class Room:
         default_factory=lambda: deque(maxlen=NOTICES_REMEMBERED)
     )
     pending: str = ""  # the next frame: fragments that are in no outbox yet
+    delivering: bool = False  # a frame, which has not reached all outboxes yet
     rests_until: float = 0.0  # as time.monotonic says it; then hand_out, if something is pending
     presence: asyncio.TimerHandle | None = None  # of the list of members, if that has changed
     locked: bool = False
@@ -284,17 +286,32 @@ def hand_out(room: Room) -> None:
     A busy room thus sends fewer and larger frames, so that it does not fall behind: a frame costs a
     wake-up and a system call, however little is in it.
     """
+    if room.delivering:  # the frame before has not reached all outboxes yet
+        later(0, hand_out, room)
+        return
     frame, room.pending = room.pending, ""
     room.handed_out = room.seq
     receivers = [member.outbox for member in room.members.values() if member.outbox]
     work = len(receivers) * (1 + len(frame) / DOUBLE_WORK)  # in short frames
     room.rests_until = time.monotonic() + work / limits["FRAMES_PER_SECOND"]
+    deliver(room, frame, receivers)
+
+
+def deliver(room: Room, frame: str, receivers: list[Outbox]) -> None:
+    """Put a frame into outboxes, a few in each pass of the loop: to send to all may take long.
+
+    Who enters in between is no receiver, but has it in the snapshot: it is `handed_out`.
+    """
+    first, others = receivers[:OUTBOXES_AT_ONCE], receivers[OUTBOXES_AT_ONCE:]
+    room.delivering = bool(others)
+    if others:
+        later(0, deliver, room, frame, others)
     try:
-        for outbox in receivers:
+        for outbox in first:
             send(outbox, frame)
     except Exception:  # some have it now, and others not: all of them resume
         log.exception("A hand-out failed")
-        for outbox in receivers:
+        for outbox in first:
             hang_up(outbox, 1013, MISTAKE)
 
 
