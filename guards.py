@@ -207,10 +207,8 @@ def install(app: Quart, connections: float) -> None:
     h11.Connection = Requests
     http_1.WSStream = Stream
     app.asgi_websocket_class = Connection
-    # Talk leaves no garbage that Python has to look for, a connection some 100 objects: it looks through
-    # the newest when there are 10,000 more, and through all after 400,000. At its own 700 it does so
-    # amid talk, and at times through all there is: everybody waits, for 0.3 s with 2,000 members.
-    gc.set_threshold(10_000, 1, 20)
+    gc.freeze()  # tidy need not look through what has been imported
+    gc.set_threshold(1_000_000)  # new objects, in case that there is other garbage than tidy's
 
 
 def harden(listener: socket.socket) -> None:
@@ -228,6 +226,21 @@ def harden(listener: socket.socket) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 20_000)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
+
+
+ended = 0  # how many connections and requests have; see tidy
+
+
+def tidy() -> None:
+    """Collect garbage after so many connections and requests: talk leaves none.
+
+    Without: Python does so after every few hundred new objects, and at times goes through all there
+    are: everybody waits, for 0.3 s with 2,000 members.
+    """
+    global ended
+    ended += 1
+    if ended % 500 == 0:
+        gc.collect(2 if ended % 3_000 == 0 else 1)  # all generations, or the young ones
 
 
 class Server(tcp_server.TCPServer):
@@ -250,6 +263,7 @@ class Server(tcp_server.TCPServer):
                 await super().run()
         finally:
             self.peers.remove(peer)
+            tidy()
 
     async def _read_data(self) -> None:
         await super()._read_data()
@@ -282,6 +296,7 @@ class Requests(h11.Connection):
             )
             if not fine:
                 raise h11.RemoteProtocolError("not a request of any browser", error_status_hint=400)
+            tidy()
         return event
 
 
