@@ -108,7 +108,7 @@ FRAME_SIZE = 16_384  # characters of a frame of a snapshot; what is handed out i
 DOUBLE_WORK = 262_144  # a frame of so many characters takes twice as long to send as a short one
 OUTBOXES_AT_ONCE = 50  # to send to so many takes about 2 ms
 NAMES_PER_SECOND = 500  # in lists of members, shown to one member
-PENDING_BYTES = 98_304  # while more is pending in a room, what its members say has to wait
+PENDING_BYTES = 81_920  # while more is pending in a room, what its members say has to wait
 HANDSHAKE = 0.0005  # seconds that one takes, most of them in Hypercorn: its address pays for them
 
 # The codes with which connections end, what they mean, and whether the page comes back by itself.
