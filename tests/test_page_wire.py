@@ -133,7 +133,7 @@ async def test_the_server_lets_go_of_whoever_freezes_and_nothing_is_lost(join):
     await frames(ann, "↑ held", "say", "frozen")
     await frames(ann, "↓ in", "heartbeat")
     assert await messages(bob) == []
-    await frames(ann, "closed with 1013: you were too slow, silent")
+    await frames(ann, "closed with 1013: you were too slow or silent")
     await shows(bob, "frozen")
     assert await ann.get_attribute("#wire-freeze", "aria-pressed") == "false"
     await agree(ann, bob, "frozen")
