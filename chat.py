@@ -220,7 +220,7 @@ class Room:
         default_factory=lambda: deque(maxlen=NOTICES_REMEMBERED)
     )
     pending: str = ""  # the next frame: fragments that are in no outbox yet
-    delivering: bool = False  # a frame, which has not reached all outboxes yet
+    delivering: bool = False  # the frame before, which has not reached all outboxes yet
     rests_until: float = 0.0  # as time.monotonic says it; then hand_out, if something is pending
     presence: asyncio.TimerHandle | None = None  # of the list of members, if that has changed
     locked: bool = False
@@ -230,7 +230,7 @@ class Room:
 rooms: dict[str, Room] = {}
 outboxes: dict[Outbox, None] = {}  # of connections, oldest first; see make_way
 RUN = secrets.token_hex(4)  # names this run of the program, in its tokens
-other_runs: dict[str, float] = {}  # whose tokens came for rooms that are gone, and since when
+runs_seen: dict[str, float] = {}  # by their tokens for rooms that are gone, and since when
 stopping = asyncio.Event()
 RESTART, REMOVED = "The server restarts.", "The host has removed you from this room."
 MISTAKE = "The server has made a mistake. Come back and resume."
@@ -286,7 +286,7 @@ def hand_out(room: Room) -> None:
     A busy room thus sends fewer and larger frames, so that it does not fall behind: a frame costs a
     wake-up and a system call, however little is in it.
     """
-    if room.delivering:  # the frame before has not reached all outboxes yet
+    if room.delivering:  # or who is served last would be given this frame before that
         later(0, hand_out, room)
         return
     frame, room.pending = room.pending, ""
@@ -685,7 +685,7 @@ def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
     # That counts from when the room was opened again or, if it is not yet, from when we first saw a
     # token of that run (not from our start: a proxy may bring us the rooms of a process that has died).
     now = time.time()
-    since = room.start / 1000 if room else other_runs.setdefault(run, now)
+    since = room.start / 1000 if room else runs_seen.setdefault(run, now)
     restarted = run != RUN and now - since < limits["GRACE"]
     if not room and not restarted:
         raise Close(4404, "This room has closed.")

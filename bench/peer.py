@@ -72,7 +72,7 @@ def start_anew() -> None:
     """Have the chat of this process forget all but connections, as a restart would."""
     import chat  # here only: others know it through its sockets
 
-    for known in (chat.rooms, chat.other_runs, chat.noted):
+    for known in (chat.rooms, chat.runs_seen, chat.noted):
         known.clear()
     for cache in (chat.share_of, chat.quota):
         cache.cache_clear()
