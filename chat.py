@@ -21,8 +21,9 @@ The words:
 
     room     people who talk, found by a code such as KWR4TN; gone when the last member has left,
              or if nobody enters
-    member   one tab in one room: here (has an outbox), reconnecting (has none) or left (forgotten)
-    host     who has been in the room longest, in this run: can lock it, and remove somebody
+    member   one tab in one room: here (has an outbox), lost, and perhaps reconnecting (has none), or
+             left (forgotten)
+    host     who has been in the room longest: can lock it, and remove somebody
     entry    a line of the log, message or notice; its seq is one more than that of the entry before
     frame    what a WebSocket carries: JSON from the browser, fragments of HTML to it
     outbox   the frames that one connection still has to be sent; bounded, so that nobody waits for
@@ -32,8 +33,8 @@ The words:
              the entry that it has seen last. To come back and be given that is to resume
     token    signed proof of having been in a room; comes with the snapshot, is shown to come back
     evict    to hang up on a member that is too slow; it comes back by itself, and resumes
-    turn     one frame or request of an address is worked on, while its others wait in line; the time
-             that it takes is what the address pays with
+    turn     one frame or request of an address is worked on, while its others wait in line; the
+             address pays for the time that it takes
 """
 
 import argparse
@@ -81,7 +82,7 @@ SETTINGS = {  # in the environment, as in CHAT_MEMBERS=40: the default, and what
     "SHARE": (0.25, "share of the server's time that one address may take; then it waits"),
     "MEMBERS": (250, "members of a room"),
     "SOCKETS": (2_000, "connections in all"),
-    "SOCKETS_PER_ADDRESS": (250, "connections of one address; also joins, as for NEW_ROOMS"),
+    "SOCKETS_PER_ADDRESS": (250, "connections of one address; and joins, as NEW_ROOMS"),
     "ROOMS": (1_000, "rooms"),
     "NEW_ROOMS": (30, "rooms that one address can create at once, and again in ten minutes"),
     "WRONG_CODES": (60, "wrong codes from one address at once, and again in ten minutes"),
@@ -104,7 +105,7 @@ ID = re.compile("[A-Za-z0-9_-]{1,64}")  # of a message
 ONLY_HERE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])([:/]|$)")  # on this machine
 NOTICES_REMEMBERED = 30  # of a room
 IDS_REMEMBERED = 128  # of each member's messages; our page, which waits for each echo, needs one
-FRAME_SIZE = 16_384  # characters of a frame of a snapshot; what is handed out is one frame
+FRAME_SIZE = 16_384  # characters of a frame of a snapshot; a hand-out is one frame of any size
 DOUBLE_WORK = 262_144  # a frame of so many characters takes twice as long to send as a short one
 OUTBOXES_AT_ONCE = 50  # to send to so many takes about 2 ms
 NAMES_PER_SECOND = 500  # in lists of members, shown to one member
@@ -198,7 +199,7 @@ class Member:
     hue: int  # of its name, 0 to 15: the least used in its room
     allowance: Allowance  # kept when it comes back, or to do so would refill it
     outbox: Outbox | None = None  # None while reconnecting
-    leaving: asyncio.TimerHandle | None = None  # set by lose: until then it may come back
+    leaving: asyncio.TimerHandle | None = None  # set by lose: if it is back before, it never left
     posted: deque[int] = field(default_factory=lambda: deque(maxlen=IDS_REMEMBERED))  # hashed
 
 
@@ -220,9 +221,9 @@ class Room:
         default_factory=lambda: deque(maxlen=NOTICES_REMEMBERED)
     )
     pending: str = ""  # the next frame: fragments that are in no outbox yet
-    delivering: bool = False  # the frame before, which has not reached all outboxes yet
+    delivering: bool = False  # whether the frame before has not reached all outboxes yet
     rests_until: float = 0.0  # as time.monotonic says it; then hand_out, if something is pending
-    presence: asyncio.TimerHandle | None = None  # of the list of members, if that has changed
+    presence: asyncio.TimerHandle | None = None  # set if the list of members has changed
     locked: bool = False
     removed: set[str] = field(default_factory=set)  # ids of members who may not come back
 
@@ -230,7 +231,7 @@ class Room:
 rooms: dict[str, Room] = {}
 outboxes: dict[Outbox, None] = {}  # of connections, oldest first; see make_way
 RUN = secrets.token_hex(4)  # names this run of the program, in its tokens
-runs_seen: dict[str, float] = {}  # by their tokens for rooms that are gone, and since when
+runs_seen: dict[str, float] = {}  # when each run first showed up in a token; see come_back
 stopping = asyncio.Event()
 RESTART, REMOVED = "The server restarts.", "The host has removed you from this room."
 MISTAKE = "The server has made a mistake. Come back and resume."
@@ -286,7 +287,7 @@ def hand_out(room: Room) -> None:
     A busy room thus sends fewer and larger frames, so that it does not fall behind: a frame costs a
     wake-up and a system call, however little is in it.
     """
-    if room.delivering:  # or who is served last would be given this frame before that
+    if room.delivering:  # or who is served last would get this frame before the earlier one
         later(0, hand_out, room)
         return
     frame, room.pending = room.pending, ""
@@ -309,7 +310,7 @@ def deliver(room: Room, frame: str, receivers: list[Outbox]) -> None:
     try:
         for outbox in first:
             send(outbox, frame)
-    except Exception:  # some have it now, and others not: all of them resume
+    except Exception:  # some have it now, and others not: all these resume
         log.exception("A hand-out failed")
         for outbox in first:
             hang_up(outbox, 1013, MISTAKE)
@@ -326,7 +327,7 @@ def send(outbox: Outbox, frame: str) -> None:
     size = sys.getsizeof(frame)
     if outbox.bytes and outbox.bytes + size > limits["OUTBOX_BYTES"]:
         while not outbox.empty():
-            outbox.get_nowait()  # the next snapshot has what of it is in the log
+            outbox.get_nowait()  # the next snapshot has the entries among it
         return hang_up(outbox, 1013, "You were too slow. Come back and resume.")
     outbox.bytes += size
     outbox.put_nowait(frame)
@@ -366,7 +367,7 @@ def create_room(code: str, address: str = "") -> Room:
     if room:
         return room
     if len(rooms) >= limits["ROOMS"]:  # the oldest that nobody has entered makes way
-        empty = next((each for each in rooms.values() if not each.members), None)
+        empty = next((each for each in rooms.values() if each.creator and not each.members), None)
         if not empty:
             raise Close(4503, "There are too many rooms. Try again later.")
         del rooms[empty.code]
@@ -374,7 +375,7 @@ def create_room(code: str, address: str = "") -> Room:
     # begins above its old ones, so that an old number is not mistaken for a new one.
     now = time.time_ns() // 1_000_000
     room = rooms[code] = Room(code, address, start=now, seq=now, handed_out=now, forgotten=now)
-    if address:  # else it is the one that the terminal shows, and may wait
+    if address:  # else it is the one that the terminal shows, and waits for ever
         later(UNENTERED, close_if_empty, code, now)
     return room
 
@@ -433,7 +434,7 @@ def lose(outbox: Outbox) -> None:
 
 
 def leave(member: Member, what: str) -> None:
-    """Take a member that is lost out of its room, and close the room after the last one."""
+    """Take a lost member out of its room, and close the room after the last one."""
     room = member.room
     member.leaving.cancel()
     del room.members[member.id]
@@ -447,7 +448,7 @@ def leave(member: Member, what: str) -> None:
 
 @app.before_websocket
 async def handshake():
-    """Charge for a handshake; refuse it to a page neither ours nor in CHAT_ORIGINS, or to nowhere.
+    """Charge for a handshake; refuse a page neither ours nor in CHAT_ORIGINS, and unknown paths.
 
     Without this, every page on the internet could connect from its visitors' browsers. A page cannot
     choose its Origin; a program has to send one, too.
@@ -498,7 +499,7 @@ async def connection(code: str):
 async def relay(outbox: Outbox, ws) -> None:
     """Carry frames from the outbox to the socket, until there is a Close: end the connection with it.
 
-    Without one the code would be 1000, and nobody would come back.
+    Without a Close the code would be 1000, and nobody would come back.
     """
     while True:
         match await outbox.get():
@@ -683,7 +684,8 @@ def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
         raise Close(4401, "This room does not know you any more. Give your name again.")
     # After a restart a token opens its room again, and lets its member in without a word, for a grace.
     # That counts from when the room was opened again or, if it is not yet, from when we first saw a
-    # token of that run (not from our start: a proxy may bring us the rooms of a process that has died).
+    # token of that run. Not from our start: where several processes share the rooms and the secret, a
+    # proxy brings us those of one that has died.
     now = time.time()
     since = room.start / 1000 if room else runs_seen.setdefault(run, now)
     restarted = run != RUN and now - since < limits["GRACE"]
@@ -752,7 +754,7 @@ async def turn(address: str, room: Room | None = None) -> AsyncIterator[None]:
 
     What comes from one address, by WebSocket and HTTP, waits in line, and what has taken long lets
     others go first. It also waits while too much is pending in the room that it is for. What is done
-    then waits for nothing, so that the time is its own.
+    in a turn never has to wait, even where it says await, so the time is this address's alone.
     """
     share, line = share_of(address)
     while True:
@@ -767,7 +769,7 @@ async def turn(address: str, room: Room | None = None) -> AsyncIterator[None]:
                     share.spend(took)
                 break  # done; else another try, when the room has rested
         await asyncio.sleep(room.rests_until - time.monotonic())  # others of the address go on
-    if took > limits["SHARE"] / 1_000:  # a thousandth of its share of a second
+    if took > limits["SHARE"] / 1_000:  # 0.25 ms by default
         await asyncio.sleep(0)  # until the event loop's next pass: others go first
 
 
@@ -803,7 +805,7 @@ def find_room(code: str, address: str) -> Room | None:
 def make_way(newest: Outbox) -> None:
     """Keep the number of connections bounded: one that has entered no room makes way for another.
 
-    That may be the newest itself. With 1013: it may hold a token, and then has to come back.
+    That may be the newest itself. It gets 1013, or a member on its way back would give up.
     """
     mine = [outbox for outbox in outboxes if outbox.address == newest.address]
     for limit, candidates in (("SOCKETS_PER_ADDRESS", mine), ("SOCKETS", outboxes)):
