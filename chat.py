@@ -55,6 +55,7 @@ import unicodedata
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
+from contextvars import Context
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -82,7 +83,7 @@ SETTINGS = {  # in the environment, as in CHAT_MEMBERS=40: the default, and what
     "SHARE": (0.25, "share of the server's time that one address may take; then it waits"),
     "MEMBERS": (250, "members of a room"),
     "SOCKETS": (2_000, "connections in all"),
-    "SOCKETS_PER_ADDRESS": (250, "connections of one address; and joins, as NEW_ROOMS"),
+    "SOCKETS_PER_ADDRESS": (250, "connections of one address; also, how many join in ten minutes"),
     "ROOMS": (1_000, "rooms"),
     "NEW_ROOMS": (30, "rooms that one address can create at once, and again in ten minutes"),
     "WRONG_CODES": (60, "wrong codes from one address at once, and again in ten minutes"),
@@ -153,9 +154,10 @@ for name, (default, _) in SETTINGS.items():
     kind, told = type(default), os.environ.get(f"CHAT_{name}", default)
     try:
         value = limits[name] = kind(told)
+        fine = kind is str or 0 < value < math.inf or value == default  # that of PROXIES is 0
     except ValueError:
-        value = math.nan  # which is not above 0
-    if kind is not str and value != default and not 0 < value < math.inf:  # a default may be 0
+        fine = False
+    if not fine:
         number = "a whole number" if kind is int else "a number"
         print(f"CHAT_{name} has to be {number} above 0, not {told!r}.", file=sys.stderr)
         sys.exit(2)  # deploy/chat.service knows by this that to try again does not help
@@ -207,8 +209,8 @@ class Member:
 class Room:
     code: str
     creator: str  # address of who has opened it; empty: main has
-    # The seq with which it began: that time in milliseconds. Its tokens have it, so that they are not
-    # good for a later room with this code.
+    # The seq with which it began, which is the time of that in milliseconds. Its tokens have it, so that
+    # they are not good for a later room with this code.
     start: int
     seq: int  # of the latest entry
     handed_out: int  # seq of the latest entry that is not pending
@@ -245,7 +247,8 @@ fragments = app.jinja_env.overlay(enable_async=False).get_template("fragments.ht
 
 
 def later(seconds: float, call, *arguments) -> asyncio.TimerHandle:
-    return asyncio.get_running_loop().call_later(seconds, call, *arguments)
+    """Set a timer. In a context of its own, or it would keep the request alive that has set it."""
+    return asyncio.get_running_loop().call_later(seconds, call, *arguments, context=Context())
 
 
 # ── Fan-out ──────────────────────────────────────────────────────────────────────────────────────
@@ -411,13 +414,15 @@ def snapshot(member: Member, after: int) -> list[str]:
     another run, a line that says so, and what was said since."""
     room = member.room
     token = signer.dumps([room.code, room.start, RUN, member.id, member.name])
-    parts = [str(fragments.welcome(member, token))]
     # The history drops old messages when new ones are posted, handed out or not, so `forgotten` can be
     # ahead of `handed_out`. After the lesser of them no message is missing: if 101 to 320 are pending,
-    # and the history has 121 to 320, these are 120 and 100, and whoever has seen 100 has missed nothing.
+    # and the history has 121 to 320, then `forgotten` is 120 and `handed_out` is 100, and whoever has
+    # seen 100 has missed nothing.
     complete = min(room.forgotten, room.handed_out)
-    if after and not complete <= after <= room.handed_out:  # away too long, or not of this room
-        parts.append(str(fragments.gap(complete, restarted=after < room.start)))
+    parts = [str(fragments.welcome(member, token, complete))]
+    if not complete <= after <= room.handed_out:  # new, away too long, or not of this room
+        if after:
+            parts.append(str(fragments.gap(complete, restarted=after < room.start)))
         after = complete
     entries = sorted([*room.history, *room.notices])
     return parts + [entry for seq, entry in entries if after < seq <= room.handed_out]
@@ -727,7 +732,7 @@ def add_member(room: Room, id: str, name: str, outbox: Outbox, after=0, restarte
     if not restarted:
         post(room, fragments.notice, name=name, what="joined")
     enter(Member(room, id, name, outbox.address, hue, outbox.allowance), outbox, after)
-    if len(room.members) > limits["MEMBERS"]:  # then somebody is lost, and makes way
+    if len(room.members) > limits["MEMBERS"]:  # so some are lost: the first of them makes way
         leave(min(lost, key=lambda member: member.leaving.when()), "left")
 
 
@@ -759,8 +764,8 @@ async def turn(address: str, room: Room | None = None) -> AsyncIterator[None]:
     share, line = share_of(address)
     while True:
         async with line:
+            await share.paid()
             if not room or sys.getsizeof(room.pending) <= PENDING_BYTES:
-                await share.paid()
                 started = time.perf_counter()
                 try:
                     yield
@@ -844,7 +849,8 @@ app.jinja_env.globals["close_codes"] = CLOSE_CODES
 async def refuse_other_sites():
     """Refuse what another site's page asks for, unless a person has followed a link there.
 
-    Before a code is counted: an image on a foreign page is not a visitor who guesses codes.
+    An image on a foreign page is not a visitor who guesses codes, so this is before any is counted.
+    Browsers tell by HTTPS and to localhost, but not by plain HTTP in a local network.
     """
     followed = request.method == "GET" and request.headers.get("Sec-Fetch-Dest") == "document"
     if request.headers.get("Sec-Fetch-Site") == "cross-site" and not followed:

@@ -88,7 +88,7 @@ def clean(text: str) -> str:
 def usable_name(raw: str) -> str:
     """Return a name as it will be shown; ValueError says why it cannot be used.
 
-    Not covered is what looks alike without a mix of alphabets, such as AIice with a capital I.
+    Not covered: other alphabets, and what looks alike within one, such as AIice with a capital I.
     """
     name = unicodedata.normalize("NFKC", raw[:100])  # which can make 18 characters of one
     name = re.sub(" +", " ", name.strip())
@@ -316,7 +316,7 @@ framing = FrameProtocol(client=False, extensions=[])
 
 @lru_cache(maxsize=4)
 def text_frame(text: str) -> bytes:
-    """Return text as a WebSocket frame. All members are sent the same one: it is built once."""
+    """Return text as a WebSocket frame. Members are sent the same one: it is not built for each."""
     return bytes(framing.send_data(text))
 
 
@@ -343,7 +343,7 @@ class Stream(ws_stream.WSStream):
         if isinstance(event, Data) and (self.broken or refused):
             return
         if isinstance(event, StreamClosed) and self.app_put:
-            queue = self.app_put.__self__  # Hypercorn's, in front of Quart's
+            queue = self.app_put.__self__  # Hypercorn's, which Quart empties into Connection's
             if queue.full():  # perhaps nobody reads it any more: to wait would be to wait for ever
                 while not queue.empty():
                     queue.get_nowait()

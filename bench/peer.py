@@ -405,6 +405,8 @@ class Member:
     def read(self, frame: str) -> None:
         if token := re.search('data-member="([^"]+)" data-token="([^"]+)"', frame):
             self.id, self.token = token.groups()
+        if after := re.search(r'data-after="(\d+)"', frame):  # older servers do not say it
+            self.after = max(self.after, int(after[1]))
         if people := re.search('hx-target="#people".*?</hx-partial>', frame, re.DOTALL):
             self.people = people[0]
         if confirmed := re.search('data-id="([^"]+)" data-verdict="confirmed"', frame):

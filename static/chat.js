@@ -154,7 +154,8 @@ chat.addEventListener("htmx:before:swap", ({ detail }) => {
   pump(); // only now: the echo of what we would send may have been in there
 });
 
-function welcome({ member, token }) {
+function welcome({ member, token, after }) {
+  last = Math.max(last, after); // what was before that is not to come
   store({ me: (me = { member, token }) });
   const entered = is("entering");
   state("connected");
