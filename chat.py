@@ -98,7 +98,7 @@ SETTINGS = {  # in the environment, as in CHAT_MEMBERS=40: the default, and what
     "ORIGINS": ("", "other origins whose pages may connect, with commas between them"),
     "SECRET": ("", "signs the tokens, at least 16 characters; empty: a new one at each start"),
 }
-JOIN_DEADLINE = 10  # seconds to say hello
+JOIN_DEADLINE = 10  # seconds to say hello; again, after an unusable name: as for any frame
 GRACE_CLOSED = 5  # seconds to come back after closing the page: a reload is no leaving
 UNENTERED = 600  # seconds that a room waits for its first member
 ALPHABET = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # of room codes, which are read out: no 0 O 1 I L
@@ -875,8 +875,8 @@ async def home(title="Chat", text=None, status=200, typed=""):
 @app.get("/join")
 async def join_page():
     """Lead to a room by its code, typed in any case and with any spacing, or by a pasted link."""
-    typed = request.args.get("code", "")[-200:].strip().rstrip("/")
-    _, _, typed = typed.rpartition("/")  # of a link, the end
+    typed = re.split("[?#]", request.args.get("code", "")[:200])[0]  # some apps add to a link
+    _, _, typed = typed.strip().rstrip("/").rpartition("/")  # of a link, the end
     code = re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", typed)).upper()
     if is_code(code):
         return redirect(f"/r/{code}", 303)

@@ -153,7 +153,7 @@ async def test_every_home_page_offers_another_code(client):
 @pytest.mark.parametrize(
     "typed",
     ["KWR4TN", "kwr4tn", "kwr 4tn", " KWR-4TN "]
-    + ["k.w.r.4.t.n", "ＫＷＲ４ＴＮ", "http://x.y/r/KWR4TN/"],
+    + ["k.w.r.4.t.n", "ＫＷＲ４ＴＮ", "http://x.y/r/KWR4TN/", "http://x.y/r/KWR4TN?from=app#e1"],
 )
 async def test_a_code_may_be_typed_in_any_way(client, typed):
     answer = await client.get("/join", query_string={"code": typed})
