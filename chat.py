@@ -39,6 +39,7 @@ The words:
 
 import argparse
 import asyncio
+import hmac
 import io
 import json
 import logging
@@ -148,6 +149,7 @@ class Chat(Quart):
 
 app = Chat(__name__, static_folder=None)
 app.url_map.merge_slashes = False  # or `//` would be answered with a redirect to any Host
+app.url_map.strict_slashes = False
 limits = {}  # the settings as they are (and NETWORK, see main)
 
 for name, (default, _) in SETTINGS.items():
@@ -166,7 +168,8 @@ if 0 < len(limits["SECRET"]) < 16:
     sys.exit(2)
 
 LARGEST_FRAME = 8 * limits["MESSAGE_LENGTH"] + 384  # bytes; our page takes 6 a character at most
-signer = URLSafeSerializer(limits["SECRET"] or secrets.token_hex(), salt="member")  # of tokens
+SECRET = limits["SECRET"] or secrets.token_hex()
+signer = URLSafeSerializer(SECRET, salt="member")  # of tokens
 
 
 # ── State ── rooms and outboxes ──────────────────────────────────────────────────────────────────
@@ -195,7 +198,7 @@ class Outbox(asyncio.Queue):
 @dataclass(eq=False, slots=True)
 class Member:
     room: "Room"
-    id: str  # public, stands in every message; says nothing about the token
+    id: str  # public, stands in every message; says nothing about the key or the token
     name: str
     address: str  # of its latest connection
     hue: int  # of its name, 0 to 15: the least used in its room
@@ -600,8 +603,10 @@ def parse(raw, allowance: Allowance) -> dict:
 def hello(code: str, outbox: Outbox, frame: dict) -> None:
     """Let somebody in. Close: 1008 if this is no hello, and as join and come_back."""
     match frame:
+        case {"hello": {"name": str(name), "key": str(key)}} if len(key) >= 16:
+            join(code, name, key, outbox)
         case {"hello": {"name": str(name)}}:
-            join(code, name, outbox)
+            join(code, name, secrets.token_hex(), outbox)
         case {"hello": {"token": str(token), "after": int(after)}}:
             come_back(code, token, after, outbox)
         case _:
@@ -622,7 +627,7 @@ def act(member: Member, frame: dict) -> None:
             outbox.grace = min(limits["GRACE"], GRACE_CLOSED)
         case {"leave": True}:
             raise Close(1000, "You left the room.")
-        case {"lock": bool(locked)} if host:
+        case {"lock": bool(locked)} if host and locked != room.locked:
             room.locked = locked
             what = "locked the room" if locked else "unlocked the room"
             post(room, fragments.notice, name=member.name, what=what)
@@ -634,7 +639,7 @@ def act(member: Member, frame: dict) -> None:
                 hang_up(other.outbox, 4403, REMOVED)
             leave(other, "was removed")
         case {"here": int()} | {"lock": bool()} | {"remove": str()}:
-            pass  # the answer to a heartbeat; or its sender is no host, or who is to go has gone
+            pass  # the answer to a heartbeat; or its sender is no host, or that is done already
         case _:
             raise Close(1008, "That is not a frame of this chat.")
 
@@ -659,10 +664,11 @@ def say(member: Member, id: str, text: str) -> None:
 # ── Who comes in ─────────────────────────────────────────────────────────────────────────────────
 
 
-def join(code: str, raw_name: str, outbox: Outbox) -> None:
+def join(code: str, raw_name: str, key: str, outbox: Outbox) -> None:
     """Let somebody new into a room, or say what is wrong with the name: there can be another hello.
 
-    Close: 4404 no such room, 1008 too many wrong codes, and as add_member.
+    Who says it again, because the welcome got lost, has the same key, and is the same member.
+    Close: 4404 no such room, 1008 too many wrong codes, and as let_in.
     """
     try:
         name = guards.usable_name(raw_name)
@@ -671,13 +677,14 @@ def join(code: str, raw_name: str, outbox: Outbox) -> None:
     room = find_room(code, outbox.address)
     if not room:
         raise Close(4404, "There is no such room, or it has closed.")
-    add_member(room, secrets.token_hex(8), name, outbox)
+    id = hmac.new(SECRET.encode(), key.encode(), "sha256").hexdigest()[:16]
+    let_in(room, id, name, outbox)
 
 
 def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
     """Let somebody in who was in a room before, and resume; with CHAT_SECRET also after a restart.
 
-    Close: 4401 not a token of this room, 4404 closed, 4403 removed or locked, 1013 a limit.
+    Close: 4401 not a token of this room, 4404 closed, 4403 as let_in, 1013 a limit.
     """
     try:
         of_code, start, run, id, name = signer.loads(token)
@@ -686,7 +693,7 @@ def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
     room = rooms.get(code)
     # Refused: a token of another room or, in this run, of an earlier room with this code.
     if of_code != code or (room and run == RUN and start != room.start):
-        raise Close(4401, "This room does not know you any more. Give your name again.")
+        raise Close(4401, "This room does not know you any more.")
     # After a restart a token opens its room again, and lets its member in without a word, for a grace.
     # That counts from when the room was opened again or, if it is not yet, from when we first saw a
     # token of that run. Not from our start: where several processes share the rooms and the secret, a
@@ -698,23 +705,23 @@ def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
         raise Close(4404, "This room has closed.")
     try:
         room = room or create_room(code, outbox.address)
-        if id in room.removed:
-            raise Close(4403, REMOVED)
-        if member := room.members.get(id):
-            enter(member, outbox, after)
-        else:
-            add_member(room, id, name, outbox, after, restarted)
+        let_in(room, id, name, outbox, after, restarted)
     except Close as close:
         # What is full, and a limit that is reached, will not be so for long: worth another try.
         raise Close(1013 if close.code in (1008, 4503) else close.code, close.reason) from None
 
 
-def add_member(room: Room, id: str, name: str, outbox: Outbox, after=0, restarted=False) -> None:
-    """Make a member, and have it enter.
+def let_in(room: Room, id: str, name: str, outbox: Outbox, after=0, restarted=False) -> None:
+    """Have a member enter that has not left, or else a new one.
 
-    Close: 4403 the room is locked, 4503 it or the server is full, or too many have joined.
-    restarted: its token is from before a recent restart; it enters without a notice, locked or not.
+    Close: 4403 it has been removed, or the room is locked; 4503 that or the server is full, or too
+    many have joined. restarted: its token is from before a recent restart; it enters without a notice,
+    locked or not.
     """
+    if id in room.removed:
+        raise Close(4403, REMOVED)
+    if member := room.members.get(id):
+        return enter(member, outbox, after)
     if room.locked and not restarted:
         raise Close(4403, "This room is locked: nobody new comes in.")
     others = list(room.members.values())

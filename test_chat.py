@@ -768,6 +768,16 @@ async def test_a_cursor_from_elsewhere_means_a_gap_and_all_of_the_history(tab, j
     assert 'class="gap"' in await again.hears("hi</div>")
 
 
+async def test_who_says_hello_again_with_the_same_key_is_the_same_member(tab):
+    """As when the welcome gets lost on a bad line; to others the key says nothing."""
+    ann = await (await tab()).hello(name="Ann", key="a secret that nobody guesses")
+    again = await (await tab()).hello(name="Ann", key="a secret that nobody guesses")
+    assert (again.id, again.name) == (ann.id, "Ann")
+    assert await ann.is_closed() == 4409
+    for key in ("another secret that nobody guesses", "too short", again.id):
+        assert (await (await tab()).hello(name="Ann", key=key)).id != ann.id
+
+
 async def test_a_second_tab_with_the_same_token_takes_over(tab, join):
     ann = await join("Ann")
     again = await (await tab()).hello(token=ann.token, after=0)

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import re
+import secrets
 import signal
 import socket
 import struct
@@ -356,7 +357,7 @@ class Member:
     def __init__(self, server, code: str, name: str, address: str = "127.0.0.1"):
         self.server, self.code, self.name = server, code, name  # whatever has a port is a server
         self.address = address
-        self.id = self.token = None
+        self.key, self.id, self.token = secrets.token_hex(), None, None
         self.unsent: list[str] = []  # ids, which are what is said, the oldest first
         self.entries: list[Entry] = []  # all that it was shown, also what the page would not repeat
         self.after, self.people = 0, ""
@@ -379,7 +380,11 @@ class Member:
         self.dialled, self.people = self.dialled + 1, ""
         async with asyncio.timeout(self.patience):
             self.peer = await Peer.connect(self.server.port, self.code, self.address)
-        me = {"token": self.token, "after": self.after} if self.token else {"name": self.name}
+        me = (
+            {"token": self.token, "after": self.after}
+            if self.token
+            else {"name": self.name, "key": self.key}
+        )
         self.peer.send(hello=me)
         talking = asyncio.create_task(self.talk())
         try:

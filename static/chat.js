@@ -22,6 +22,8 @@ function store(what) {
 }
 
 let me = stored.me; // {member, token}, once the server has welcomed us
+// Said with our name: if we say that again, because the welcome got lost, we are no second member.
+store({ key: stored.key || crypto.getRandomValues(new Uint32Array(4)).join("-") });
 let last = 0; // seq of the newest entry shown
 
 // ── The state ──
@@ -62,7 +64,7 @@ function dial() {
 }
 
 function hello() {
-  return send({ hello: me ? { token: me.token, after: last } : { name: $("name").value } });
+  return send({ hello: me ? { token: me.token, after: last } : { name: $("name").value, key: stored.key } });
 }
 
 function send(frame) {
@@ -103,21 +105,22 @@ function redial() {
 function closed({ code, reason }) {
   if (!chat.dataset.final.split(" ").includes(String(code))) return lost();
   const stranger = !me || (code === 4401 && !last); // the form, with the reason, is the way on
-  if (!stranger) return end(code, reason);
+  if (!stranger) return end(reason, code === 4409); // then the other tab goes on, and this one can again
   store({ me: (me = null) });
   state("outside");
   $("unusable").textContent = reason;
 }
 
-function end(code, reason) {
+function end(reason, resumable = false) {
   letGo();
   state("closed");
+  for (const dialog of document.querySelectorAll("dialog[open]")) dialog.close();
   $("why").textContent = reason || "The server has ended the connection.";
   const texts = [...unsent.map((message) => message.text), text.value];
-  $("rest").value = texts.filter(Boolean).join("\n"); // to be copied: nothing else will become of it
+  const draft = texts.filter(Boolean).join("\n"); // to be copied, or sent by whoever enters again
+  $("rest").value = draft;
   $("save").focus(); // the box has gone, and the focus with it
-  if (code === 4409) return; // the other tab goes on, and this one can again
-  store({ me: null, unsent: [] });
+  if (!resumable) store({ me: null, unsent: [], draft });
 }
 
 setInterval(() => {
@@ -160,7 +163,8 @@ function welcome({ member, token, after }) {
   const entered = is("entering");
   state("connected");
   if (!entered && tries) tell("Connected again.");
-  else if (entered || KEYBOARD) text.focus(); // KEYBOARD: after a reload
+  const lostFocus = [document.body, $("retry")].includes(document.activeElement);
+  if (entered || (KEYBOARD && lostFocus)) text.focus();
   tries = 0;
   showUnsent(); // anew, and so is the patience with which page.js waits for the echo
 }
@@ -242,7 +246,7 @@ $("join").addEventListener("submit", (event) => {
 
 function leave() {
   if (!send({ leave: true })) socket?.close(); // the server will notice that we do not come back
-  end(1000, "You have left this room.");
+  end("You have left this room.");
 }
 $("leave").addEventListener("click", leave);
 
@@ -250,4 +254,7 @@ showUnsent();
 $("join").querySelector("button").disabled = false; // until now Enter would have been the browser's own
 if (me) state("reconnecting", "Connecting…");
 else $("name").focus();
-addEventListener("DOMContentLoaded", () => is("reconnecting", "entering") && dial());
+addEventListener("DOMContentLoaded", () => {
+  if (!window.htmx) end("This page has not been loaded completely.", true);
+  else if (is("reconnecting", "entering")) dial();
+});

@@ -2,6 +2,10 @@
 // text, me, stored, store, is, state, send, tell and leave, from read.js all, arrivals, element and hidden.
 "use strict";
 
+// A double click is one click: the second would hit what lies below a dialog that the first has closed.
+const once = (event) => event.detail > 1 && (event.preventDefault(), event.stopImmediatePropagation());
+addEventListener("click", once, { capture: true });
+
 // ── Writing ──
 
 const TYPING_TELLS = 3000, TYPING_LASTS = 6000; // milliseconds; an end needs no frame, and cannot get lost
@@ -80,7 +84,7 @@ function ask(question, answers) {
 // You first, the others by name. Each of them can be hidden by anybody, and removed by the host.
 const people = new MutationObserver(() => {
   const host = $("people").querySelector("[data-host]")?.dataset.member === me?.member;
-  const key = (li) => (li.dataset.member === me?.member ? "" : li.innerText.toLowerCase());
+  const key = (li) => (li.dataset.member === me?.member ? "" : li.textContent.toLowerCase());
   const items = [...$("people").children].sort((a, b) => key(a).localeCompare(key(b)));
   for (const li of items) {
     const mine = li.dataset.member === me?.member;

@@ -39,8 +39,8 @@
   function show(way, what, kinds = "", frame = {}) {
     const row = $("wire-frame").content.firstElementChild.cloneNode(true);
     const parts = { way, what, when: time.format(), ...frame };
-    // On a projector everybody could read the token, and with it be this member.
-    parts.data = parts.data?.replace(/(token"?[:=]")[^"]+/g, "$1••••••");
+    // On a projector everybody could read the token or the key, and with it be this member.
+    parts.data = parts.data?.replace(/((token|key)"?[:=]")[^"]+/g, "$1••••••");
     for (const name in parts)
       for (const slot of row.querySelectorAll("." + name)) slot.textContent = parts[name];
     row.className = `${way.slice(2)} ${kinds}`; // by which chat.css leaves out what is not wanted

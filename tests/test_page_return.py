@@ -2,7 +2,18 @@
 
 import asyncio
 
-from conftest import agree, enters, messages, settings, shows, stop_the_clock, transcript, writes
+from conftest import (
+    agree,
+    enters,
+    health,
+    messages,
+    settings,
+    shows,
+    stop_the_clock,
+    transcript,
+    until,
+    writes,
+)
 
 from bench.peer import Proxy
 
@@ -118,6 +129,7 @@ async def test_what_was_given_back_when_leaving_is_not_sent_later(join, line):
     line.cut(up=True)
     await ann.click("text=Enter again")
     await enters(ann, "Ann")
+    assert await ann.input_value("#text") == "never to be said"  # in the box, to be sent or not
     await agree(ann, bob)
 
 
@@ -183,6 +195,28 @@ async def test_whoever_leaves_before_the_welcome_does_not_come_back(join, line):
     assert await ann.get_attribute("#chat", "data-state") == "closed"
 
 
+async def test_a_welcome_that_gets_lost_makes_no_second_member(server, tab, line):
+    ann = await tab("/r/PARTY2", line)
+    await ann.fill("#name", "x" * 30)
+    await ann.press("#name", "Enter")
+    await shows(ann, "at most 24", "#unusable")
+    line.silent.add("in")
+    await ann.fill("#name", "Ann")
+    await ann.press("#name", "Enter")
+    await until(lambda: health(server)["members"] == 1)
+    line.silent.clear()
+    line.cut()
+    await ann.wait_for_selector("[data-state=connected]")
+    assert await ann.locator("#people .who").all_inner_texts() == ["Ann"]
+
+
+async def test_a_page_without_htmx_says_so(tab):
+    ann = await tab("/")
+    await ann.route("**/htmx*", lambda route: route.abort())
+    await ann.goto(ann.url + "r/PARTY2")
+    await shows(ann, "not been loaded completely", "#over")
+
+
 async def test_an_unknown_close_code_is_no_end(join):
     ann = await join("Ann")
     await ann.evaluate("letGo(); closed({ code: 4999, reason: 'of a later version' })")
@@ -244,8 +278,12 @@ async def test_a_closed_room_says_so_and_keeps_what_was_read(server, join, line)
     await writes(ann, "to be read")
     await shows(ann, "to be read")
     server.stop()
+    await writes(ann, "to be said")
+    await ann.click("#open-invite")
     server.start()  # without the secret of the first one, the room cannot be opened again
     await shows(ann, "does not know you any more", "#over")
+    assert await ann.input_value("#rest") == "to be said"
+    assert not await ann.is_visible("#invite")
     assert not await ann.is_visible("#status")
     assert not await ann.is_visible("#presence")
     assert await messages(ann) == ["to be read"]
@@ -265,10 +303,10 @@ async def test_after_a_restart_the_talk_goes_on(server, join, line):
     for page in (ann, bob):
         assert await messages(page) == ["before", "while it is down"]
         assert await page.locator("#log .gap").all_inner_texts() == [
-            "The server has restarted."  # and nothing else: nothing is missing
+            "The server has restarted. Messages from just before that may be missing."
         ]
         async with page.expect_download() as download:
             await page.click("#presence .save")
-        assert "\n* The server has restarted.\n" in await transcript(download)
+        assert "\n* The server has restarted. Messages" in await transcript(download)
         assert page.errors == []
     assert await bob.locator("#people .who").all_inner_texts() == ["Bob", "Ann"]

@@ -81,9 +81,14 @@ async def test_the_wire_view_shows_the_frames_of_both_directions_but_no_token(se
     await frames(ann, "↓ in", f"welcome, entries {first} to {last}", "ms from hello to welcome")
     bob.send(leave=True)
     await frames(ann, "presence")
-    stored = await ann.evaluate("sessionStorage.getItem('PARTY2')")
-    token = json.loads(stored)["me"]["token"]
-    assert token not in await ann.locator("#wire").evaluate("panel => panel.outerHTML")
+    stored = json.loads(await ann.evaluate("sessionStorage.getItem('PARTY2')"))
+    await ann.evaluate(
+        "send({ hello: { name: 'Ann', key: stored.key } })"
+    )  # too late, so no frame of ours
+    await frames(ann, "↑ out", "hello", "key", "••••••")
+    panel = await ann.locator("#wire").evaluate("panel => panel.outerHTML")
+    for secret in (stored["me"]["token"], stored["key"]):
+        assert secret not in panel
     assert ann.errors == []
 
 
