@@ -82,9 +82,7 @@ async def test_the_wire_view_shows_the_frames_of_both_directions_but_no_token(se
     bob.send(leave=True)
     await frames(ann, "presence")
     stored = json.loads(await ann.evaluate("sessionStorage.getItem('PARTY2')"))
-    await ann.evaluate(
-        "send({ hello: { name: 'Ann', key: stored.key } })"
-    )  # too late, so no frame of ours
+    await ann.evaluate("send({ hello: { name: 'Ann', key: stored.key } })")  # a frame too late
     await frames(ann, "↑ out", "hello", "key", "••••••")
     panel = await ann.locator("#wire").evaluate("panel => panel.outerHTML")
     for secret in (stored["me"]["token"], stored["key"]):
