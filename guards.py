@@ -286,7 +286,6 @@ class Requests(h11.Connection):
             host = headers.get(b"host", b"")
             fine = (
                 event.target.startswith(b"/")  # HTTP/2 begins with `*`
-                and len(event.target) < 2_000
                 and len(host) < 64  # it is drawn as a QR code
                 and all(host.split(b".")[:-1])
                 and headers.get(b"content-length", b"0") == b"0"
@@ -321,8 +320,8 @@ def text_frame(text: str) -> bytes:
 
 
 class Stream(ws_stream.WSStream):
-    """Drops all that comes from a peer that has broken a rule. To end it is the application's part:
-    it is given what is too large cut short, or a code and a reason in place of a frame.
+    """Gives the application what breaks a rule: what is too large cut short, or a code and a reason
+    in place of a frame. It ends the connection then, and reads no more: what follows has to wait.
 
     Without: after 1009 the buffer grew on (180 MB sent, 170 MB taken), one connection with empty
     pings or one-byte fragments at 440 kB/s made everybody else wait for 12 s, and who was refused a
@@ -332,16 +331,12 @@ class Stream(ws_stream.WSStream):
     def __init__(self, *args) -> None:
         super().__init__(*args)
         self.frames = Allowance(rate=10, burst=60)
-        self.broken = False  # a rule
 
     async def send_text(self, text: str) -> None:
         if self.state is State.CONNECTED and not self.closed:
             await self.send(Data(stream_id=self.stream_id, data=text_frame(text)))
 
     async def handle(self, event) -> None:
-        refused = self.state in (State.RESPONSE, State.HTTPCLOSED)
-        if isinstance(event, Data) and (self.broken or refused):
-            return
         if isinstance(event, StreamClosed) and self.app_put:
             queue = self.app_put.__self__  # Hypercorn's, which Quart empties into Connection's
             if queue.full():  # perhaps nobody reads it any more: to wait would be to wait for ever
@@ -351,13 +346,14 @@ class Stream(ws_stream.WSStream):
 
     async def _send_error_response(self, status_code: int) -> None:
         """Refuse a handshake, and end with it: the application, too, if that was about to accept."""
-        await super()._send_error_response(status_code)
+        if self.state is State.HANDSHAKE:  # else there has been an answer, and a byte after it
+            await super()._send_error_response(status_code)
         await self.send(StreamClosed(stream_id=self.stream_id))
 
     async def _handle_events(self) -> None:
-        """Do as Hypercorn 0.18.0 does, but look at each event before it takes effect."""
+        """Do as Hypercorn 0.18.0 does, but for what breaks a rule."""
         for event in self.connection.events():
-            if self.closed or self.broken:
+            if self.closed:
                 return
             # Count what the application never sees: no message, which is counted where it is read,
             # and no part of a frame, as large ones come in several.
@@ -365,14 +361,12 @@ class Stream(ws_stream.WSStream):
             if not message or (event.frame_finished and not event.message_finished):
                 self.frames.spend(1)
                 if self.frames.left() < 0:
-                    self.broken = True
                     why = (1008, "You sent too many pings or fragments.")
-                    return await self.app_put({"type": "websocket.receive", "bytes": why})
+                    await self.app_put({"type": "websocket.receive", "bytes": why})
             if message:
                 with suppress(ws_stream.FrameTooLargeError):
                     self.buffer.extend(event)
-                self.broken = self.buffer.length > self.buffer.max_length
-                if self.broken or event.message_finished:
+                if event.message_finished or self.buffer.length > self.buffer.max_length:
                     await self.app_put(self.buffer.to_message())
                     self.buffer.clear()
             elif isinstance(event, Ping):

@@ -133,6 +133,16 @@ async def test_who_floods_on_the_wire_has_left(server):
     assert "Closed with 1008: You sent too many pings or fragments." in server.complaints()
 
 
+@settings(CHAT_SOCKETS_PER_ADDRESS="5")
+async def test_who_floods_on_the_wire_leaves_nothing_behind(server):
+    """Ten connections of one address are all that there can be at once."""
+    for _ in range(20):
+        flooder = await Peer.connect(server.port, "PARTY2")
+        flooder.writer.write(b"\x89\x80\0\0\0\0" * 600)
+        assert await is_closed(flooder) == 1008
+        flooder.close()
+
+
 async def test_whose_frame_is_too_large_has_left(server):
     ann, bob = await peer(server, "Ann"), await peer(server, "Bob")
     ann.send(say="x" * 20_000, id="x")
