@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -193,6 +194,26 @@ async def test_a_request_has_no_body(server):
         assert answer.startswith("HTTP/1.1 400")
     answer = await http(server, "POST /r/KWR4TN HTTP/1.1", "Content-Length: 0")
     assert answer.startswith("HTTP/1.1 303")
+
+
+async def test_headers_are_counted_before_they_are_parsed(standing):
+    for count, status in ((90, 200), (100, 431)):
+        answer = await http(standing, "GET / HTTP/1.1", *["X: x"] * count)
+        assert answer.startswith(f"HTTP/1.1 {status}")
+
+
+FEW_FILES = """
+import resource, chat
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))
+chat.main()
+"""
+
+
+@settings(program=FEW_FILES)
+async def test_as_many_files_may_be_open_as_the_machine_allows(server):
+    now, most = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+    assert now == most > 256
 
 
 @settings(CHAT_SOCKETS_PER_ADDRESS="5")
