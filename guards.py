@@ -333,7 +333,7 @@ class Stream(ws_stream.WSStream):
         self.frames = Allowance(rate=10, burst=60)
 
     async def send_text(self, text: str) -> None:
-        if self.state is State.CONNECTED and not self.closed:
+        if not self.closed:  # or asyncio would log a warning for each that comes too late
             await self.send(Data(stream_id=self.stream_id, data=text_frame(text)))
 
     async def handle(self, event) -> None:
