@@ -80,7 +80,7 @@ except ImportError as missing:  # a package, or in a package something that guar
 SETTINGS = {  # in the environment, as in CHAT_MEMBERS=40: the default, and what it limits
     "MESSAGE_LENGTH": (2_000, "characters of a message"),
     "RATE": (2.0, "frames a second of one member; more are read later"),
-    "BURST": (20, "frames at once; for this and the rate, each KiB of a frame counts as one more"),
+    "BURST": (20, "frames at once; each KiB of one, and of what becomes of it, counts as one more"),
     "SHARE": (0.25, "share of the server's time that one address may take; then it waits"),
     "MEMBERS": (250, "members of a room"),
     "SOCKETS": (2_000, "connections in all"),
@@ -259,8 +259,11 @@ def later(seconds: float, call, *arguments) -> asyncio.TimerHandle:
 # functions have none, so each of them happens as a whole, and none of them needs a lock.
 
 
-def post(room: Room, macro, **values) -> None:
-    """Give an entry the room's next number, render it once for everybody, and have it sent."""
+def post(room: Room, macro, **values) -> int:
+    """Give an entry the room's next number, render it once for everybody, and have it sent.
+
+    Return its size in bytes.
+    """
     room.seq += 1
     now = datetime.now(UTC).isoformat(timespec="seconds")
     entry = str(macro(seq=room.seq, time=now, **values))
@@ -275,6 +278,7 @@ def post(room: Room, macro, **values) -> None:
             room.forgotten, dropped = room.history.popleft()
             room.history_bytes -= sys.getsizeof(dropped)
     wake(room, entry)
+    return sys.getsizeof(entry)
 
 
 def wake(room: Room, fragment: str) -> None:
@@ -581,8 +585,6 @@ async def receive(code: str, outbox: Outbox, ws) -> None:
 
 def parse(raw, allowance: Allowance) -> dict:
     """Return a frame, an object with one verb, perhaps with an id; else Close 1008 or 1009."""
-    if isinstance(raw, tuple):  # guards.py has seen that a rule is broken
-        raise Close(*raw)
     if not isinstance(raw, str):
         raise Close(1008, "A frame has to be text.")
     size = len(raw.encode())
@@ -657,7 +659,8 @@ def say(member: Member, id: str, text: str) -> None:
         why = f"A message has 1 to {limits['MESSAGE_LENGTH']} characters."
         return send(member.outbox, str(fragments.verdict(id, "refused", why)))
     pieces = guards.PIECES.split(text, maxsplit=50)  # text, code or a link, text, and so on
-    post(member.room, fragments.message, member=member, id=id, pieces=pieces)
+    size = post(member.room, fragments.message, member=member, id=id, pieces=pieces)
+    member.allowance.spend(size // 1024)  # 16 KB of `&` become 80 for everybody
     member.posted.append(key)
 
 

@@ -248,21 +248,24 @@ class Server(tcp_server.TCPServer):
     peer, and 80 KB behind it; a dead phone (TimeoutError) is logged as an error of our own, with a
     traceback; and one peer has as many connections as it likes, of 12 to 24 KB each."""
 
-    peers: ClassVar[list[str]] = []  # of all connections
+    peers: ClassVar[dict["Server", str]] = {}  # of all connections, the oldest first
     most: float  # connections of one peer, see install
 
     async def run(self) -> None:
         self.writer.transport.set_write_buffer_limits(0)  # wait as soon as the kernel's is full
         self.reader._limit = 8_192  # reads nothing more while twice that waits
         peer = counted(self.writer.get_extra_info("peername")[0])
-        if self.peers.count(peer) >= self.most:
-            return self.writer.transport.abort()
-        self.peers.append(peer)
+        mine = [each for each, its_peer in self.peers.items() if its_peer == peer]
+        self.peers[self] = peer
+        if len(mine) >= self.most:  # one that asks for nothing makes way, or else this one
+            idle = next((each for each in mine if not each.protocol.protocol.stream), self)
+            del self.peers[idle]
+            idle.writer.transport.abort()
         try:
             with suppress(OSError):  # which its _close raises, in place of what has ended it
                 await super().run()
         finally:
-            self.peers.remove(peer)
+            self.peers.pop(self, None)
             tidy()
 
     async def _read_data(self) -> None:
@@ -320,8 +323,8 @@ def text_frame(text: str) -> bytes:
 
 
 class Stream(ws_stream.WSStream):
-    """Gives the application what breaks a rule: what is too large cut short, or a code and a reason
-    in place of a frame. It ends the connection then, and reads no more: what follows has to wait.
+    """Gives the application what is too large cut short, for it to end the connection with 1009. And
+    is slow to read what the application never sees: pings, fragments, and what comes in a trickle.
 
     Without: after 1009 the buffer grew on (180 MB sent, 170 MB taken), one connection with empty
     pings or one-byte fragments at 440 kB/s made everybody else wait for 12 s, and who was refused a
@@ -330,13 +333,16 @@ class Stream(ws_stream.WSStream):
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
-        self.frames = Allowance(rate=10, burst=60)
+        self.unseen = Allowance(rate=4, burst=20)
+        self.trickles = False
 
     async def send_text(self, text: str) -> None:
         if not self.closed:  # or asyncio would log a warning for each that comes too late
             await self.send(Data(stream_id=self.stream_id, data=text_frame(text)))
 
     async def handle(self, event) -> None:
+        if isinstance(event, Data):
+            self.trickles = len(event.data) < 1_000  # fewer than a slow line carries at once
         if isinstance(event, StreamClosed) and self.app_put:
             queue = self.app_put.__self__  # Hypercorn's, which Quart empties into Connection's
             if queue.full():  # perhaps nobody reads it any more: to wait would be to wait for ever
@@ -351,18 +357,15 @@ class Stream(ws_stream.WSStream):
         await self.send(StreamClosed(stream_id=self.stream_id))
 
     async def _handle_events(self) -> None:
-        """Do as Hypercorn 0.18.0 does, but for what breaks a rule."""
+        """Do as Hypercorn 0.18.0 does, but for what is too large or too much."""
         for event in self.connection.events():
             if self.closed:
                 return
-            # Count what the application never sees: no message, which is counted where it is read,
-            # and no part of a frame, as large ones come in several.
             message = isinstance(event, Message)
-            if not message or (event.frame_finished and not event.message_finished):
-                self.frames.spend(1)
-                if self.frames.left() < 0:
-                    why = (1008, "You sent too many pings or fragments.")
-                    await self.app_put({"type": "websocket.receive", "bytes": why})
+            part = message and not event.message_finished
+            if not message or (part and (event.frame_finished or self.trickles)):
+                self.unseen.spend(1)
+                await self.unseen.paid()
             if message:
                 with suppress(ws_stream.FrameTooLargeError):
                     self.buffer.extend(event)

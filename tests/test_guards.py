@@ -1,9 +1,13 @@
 """What guards.py makes of names, texts and addresses that deceive: tables, without a server."""
 
+from types import SimpleNamespace
 from unicodedata import normalize
 
 import pytest
+from hypercorn.config import Config
+from hypercorn.protocol.events import Data
 from quart import Quart, request
+from wsproto.connection import Connection, ConnectionType
 
 import guards
 
@@ -90,3 +94,17 @@ async def test_behind_a_proxy_that_speaks_tls_our_pages_are_https():
     for proxies, scheme in ((0, "http"), (1, "https")):
         async with Quart("any").test_request_context("/", headers=headers):
             assert guards.site(request, proxies) == f"{scheme}://localhost"
+
+
+@pytest.mark.parametrize(("size", "counted"), [(1, 40), (4_000, 0)])
+async def test_what_comes_in_a_trickle_is_counted_and_what_comes_in_large_parts_is_not(
+    size, counted
+):
+    stream = guards.Stream(None, Config(), None, None, False, None, None, None, 1)
+    stream.handshake = SimpleNamespace(accepted=True)
+    stream.connection = Connection(ConnectionType.SERVER)
+    stream.unseen.burst = 100  # so that it does not have to wait
+    await stream.handle(Data(1, b"\x81\xff\0\0\0\0\0\x10\0\0\0\0\0\0"))  # a frame of 1 MB
+    for _ in range(40):
+        await stream.handle(Data(1, b"x" * size))
+    assert round(100 - stream.unseen.left()) == counted
