@@ -40,7 +40,6 @@ The words:
 import argparse
 import asyncio
 import hmac
-import io
 import json
 import logging
 import math
@@ -68,7 +67,7 @@ try:
     from hypercorn.config import Config
     from itsdangerous import BadSignature, URLSafeSerializer
     from quart import Quart, redirect, render_template, request, websocket
-    from werkzeug.exceptions import HTTPException, NotFound
+    from werkzeug.exceptions import HTTPException
 
     import guards
     from guards import Allowance
@@ -131,11 +130,12 @@ CLOSE_CODES = {
 }
 
 
-class Close(Exception):
+class Close(HTTPException):
     """Ends a connection, or is shown as a page. Has one of these codes, and a reason to read."""
 
     def __init__(self, code: int, reason: str):
         self.code, self.reason = code, reason
+        super().__init__(reason)  # for error_page
 
 
 class Chat(Quart):
@@ -467,9 +467,7 @@ async def handshake():
     """
     allowed = limits["ORIGINS"].lower().replace(",", " ").split()
     allowed.append(guards.site(websocket, limits["PROXIES"]))
-    address = address_of(websocket)
-    async with turn(address):
-        share, _ = share_of(address)
+    async with turn(address_of(websocket)) as share:
         share.spend(HANDSHAKE)
         if websocket.headers.get("Origin", "").lower() not in allowed:
             note("An Origin that is neither ours nor in CHAT_ORIGINS has tried to connect")
@@ -671,17 +669,14 @@ def join(code: str, raw_name: str, key: str, outbox: Outbox) -> None:
     """Let somebody new into a room, or say what is wrong with the name: there can be another hello.
 
     Who says it again, because the welcome got lost, has the same key, and is the same member.
-    Close: 4404 no such room, 1008 too many wrong codes, and as let_in.
+    Close: as find_room and let_in.
     """
     try:
         name = guards.usable_name(raw_name)
     except ValueError as why:
         return send(outbox, str(fragments.unusable(why)))
-    room = find_room(code, outbox.address)
-    if not room:
-        raise Close(4404, "There is no such room, or it has closed.")
     id = hmac.new(SECRET.encode(), key.encode(), "sha256").hexdigest()[:16]
-    let_in(room, id, name, outbox)
+    let_in(find_room(code, outbox.address), id, name, outbox)
 
 
 def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
@@ -764,7 +759,7 @@ def share_of(address: str) -> tuple[Allowance, asyncio.Lock]:
 
 
 @asynccontextmanager
-async def turn(address: str, room: Room | None = None) -> AsyncIterator[None]:
+async def turn(address: str, room: Room | None = None) -> AsyncIterator[Allowance]:
     """Wait until an address may keep us busy; then measure and charge for how long it does.
 
     What comes from one address, by WebSocket and HTTP, waits in line, and what has taken long lets
@@ -778,7 +773,7 @@ async def turn(address: str, room: Room | None = None) -> AsyncIterator[None]:
             if not room or sys.getsizeof(room.pending) <= PENDING_BYTES:
                 started = time.perf_counter()
                 try:
-                    yield
+                    yield share
                 finally:
                     took = time.perf_counter() - started
                     share.spend(took)
@@ -803,8 +798,8 @@ def charge(amount: int, limit: str, address: str, refusal: Close) -> None:
     bucket.spend(amount)
 
 
-def find_room(code: str, address: str) -> Room | None:
-    """Return the room with this code, if there is one; Close 1008 after too many wrong codes.
+def find_room(code: str, address: str) -> Room:
+    """Return the room with this code. Close: 4404 no such room, 1008 after too many wrong codes.
 
     Then for a right code, too: else whoever tries them all would still find the rooms. But not at an
     address that has created the room, or that has a member in it.
@@ -814,6 +809,8 @@ def find_room(code: str, address: str) -> Room | None:
         return room
     why = "Too many wrong codes have been tried. Wait a few minutes."
     charge(0 if room else 1, "WRONG_CODES", address, Close(1008, why))
+    if not room:
+        raise Close(4404, "There is no such room. It has not been opened yet, or it has closed.")
     return room
 
 
@@ -876,10 +873,10 @@ def new_code() -> str:
 
 
 @app.get("/")
-async def home(title="Chat", text=None, status=200, typed=""):
-    """Show where rooms are created and joined; with a title and a text, also what went wrong."""
-    page = {"title": title, "text": text, "code": new_code(), "typed": typed}
-    return await render_template("home.html", **page, a_code=is_code(typed)), status
+async def home(wrong="", status=200, typed=""):
+    """Show where rooms are created and joined, and what went wrong."""
+    page = {"wrong": wrong, "typed": typed, "a_code": is_code(typed), "code": new_code()}
+    return await render_template("home.html", **page), status
 
 
 @app.get("/join")
@@ -890,15 +887,14 @@ async def join_page():
     code = re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", typed)).upper()
     if is_code(code):
         return redirect(f"/r/{code}", 303)
-    text = f"A code has {limits['CODE_LENGTH']} letters and digits, without 0, O, 1, I and L."
-    return await home("That is not a code", text, 400, typed=code[:40])
+    return await home("That is not a code. Please look at it again.", 400, code[:40])
 
 
 @app.post("/r/<code>")
 async def create(code: str):
     """Open the room of the path, where the home page has put a code: proxies choose a process by it."""
     if not is_code(code):
-        return await home("That is not a code", "Create a room to get one.", 409)
+        return await home("That is not a code. Create a room to get one.", 409)
     create_room(code, address_of(request))
     return redirect(f"/r/{code}", 303)
 
@@ -907,31 +903,15 @@ async def create(code: str):
 async def room_page(code: str):
     if code != code.upper() and is_code(code.upper()):
         return redirect(f"/r/{code.upper()}", 303)
-    if find_room(code, address_of(request)):
-        here = link(code)
-        page = {"code": code, "limits": limits, "link": here, "alone": ONLY_HERE.match(here)}
-        return await render_template("room.html", **page)
-    text = "It has not been opened yet, or it has closed. Is this the right code?"
-    return await home("There is no such room", text, 404, typed=code[:40])
-
-
-def link(code: str) -> str:
-    """Return the link of a room for others: to them, `localhost` would be their own machine."""
+    find_room(code, address_of(request))
     site = guards.site(request, limits["PROXIES"])
-    if ONLY_HERE.match(site):
+    if ONLY_HERE.match(site):  # where for others their own machine would be
         site = limits.get("NETWORK", site)  # as main has found it out, if we listen to all
-    return f"{site}/r/{code}"
-
-
-@app.get("/r/<code>/qr.svg")
-async def qr_code(code: str):
-    """Draw the link of a room, for phones to read, and for a projector to show to a class."""
-    if not find_room(code, address_of(request)):
-        raise NotFound
-    drawing = io.BytesIO()
-    qr = segno.make(link(code), micro=False, mask=0)  # to find the best of the masks takes 6 ms
-    qr.save(drawing, kind="svg", xmldecl=False, omitsize=True, light="white")
-    return drawing.getvalue(), {"Content-Type": "image/svg+xml"}
+    link = f"{site}/r/{code}"
+    qr = segno.make(link, micro=False, mask=0)  # to find the best of the masks takes 6 ms
+    page = {"link": link, "qr": qr.svg_inline(omitsize=True, light="white")}
+    page |= {"code": code, "limits": limits, "alone": ONLY_HERE.match(site)}
+    return await render_template("room.html", **page)
 
 
 @app.get("/healthz")
@@ -945,15 +925,12 @@ async def healthz():
 app.log_exception = lambda error: log.error("A request failed", exc_info=error)
 
 
-@app.errorhandler(Close)
-async def refusal_page(close: Close):
-    """Say on a page what a WebSocket says with its close: there are limits on both ways."""
-    return await home("Sorry", close.reason, 503 if close.code == 4503 else 429)
-
-
 @app.errorhandler(HTTPException)
 async def error_page(error: HTTPException):
-    return await home(error.name, error.description, error.code)
+    """Say on a page what went wrong; on a WebSocket a Close would be one."""
+    status = {1008: 429, 4404: 404, 4503: 503}.get(error.code, error.code)
+    typed = (request.view_args or {}).get("code", "")
+    return await home(error.description, status, typed[:40])
 
 
 # ── Start and stop ───────────────────────────────────────────────────────────────────────────────

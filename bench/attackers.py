@@ -205,7 +205,7 @@ async def home_page(port: int, number: int, address: str) -> None:
 async def qr_codes(port: int, number: int, address: str) -> None:
     """Have the server draw a code that it has not drawn before, as large as there are."""
     host = f"{random.randbytes(30).hex()}.{random.randbytes(14).hex()}"
-    await fetch(port, f"/r/{THEIRS[0]}/qr.svg", address=address, host=host)
+    await fetch(port, f"/r/{THEIRS[0]}", address=address, host=host)
 
 
 async def typed_codes(port: int, number: int, address: str) -> None:

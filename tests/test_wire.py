@@ -77,7 +77,7 @@ async def test_a_host_is_no_way_to_draw_huge_qr_codes(standing):
     for size, status in ((60, 200), (200, 400), (4_000, 400)):
         host = ".".join(["x" * 50] * (size // 50))
         reader, writer = await asyncio.open_connection("127.0.0.1", standing.port)
-        writer.write(f"GET /r/PARTY2/qr.svg HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        writer.write(f"GET /r/PARTY2 HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
         assert (await reader.readline()).split()[1] == str(status).encode()
         writer.close()
 
