@@ -21,16 +21,15 @@
   const bits = (number, count) => number.toString(2).padStart(count, "0");
 
   // The frame as it is on the line (RFC 6455, section 5.2). No browser shows a script these bytes,
-  // but they follow from the text, as long as no extension changes them.
-  function onTheLine({ extensions }, opcode, mask, payload) {
-    const count = payload.length, size = `${count} bytes`;
-    if (extensions) return { size };
+  // but they follow from the text: the server agrees to no extension that would change them.
+  function onTheLine(opcode, mask, payload) {
+    const count = payload.length;
     const more = count < 126 ? 0 : count < 65_536 ? 2 : 8; // bytes that a longer length needs
     const length = { 0: count, 2: 126, 8: 127 }[more];
     const digits = count.toString(16).padStart(2 * more, "0");
     const clear = hex(payload.slice(0, 7)) + (count > 7 ? " …" : "");
     return {
-      size, mask, clear, number: length, opcode: bits(opcode, 4), length: bits(length, 7),
+      size: `${count} bytes`, mask, clear, number: length, opcode: bits(opcode, 4), length: bits(length, 7),
       first: hex([0x80 + opcode]), second: hex([0x80 * mask + length]),
       long: more ? digits.match(/../g).join(" ") : "",
       key: mask ? "?? ?? ?? ??" : "", payload: mask ? "…" : clear,
@@ -52,7 +51,7 @@
     const took = performance.now() - asked.get(id); // NaN, if it was not ours
     return asked.delete(id) ? ($("wire-trip").textContent = `${took.toFixed(1)} ms from ${way}`) : "";
   }
-  function incoming({ target, data }) {
+  function incoming({ data }) {
     const page = new DOMParser().parseFromString(data, "text/html");
     const all = (what, words) => [...page.querySelectorAll(what)].map(words);
     const [first, ...rest] = all("li[data-seq]", (li) => short(li.dataset.seq));
@@ -72,7 +71,7 @@
       if (text) return `${names[0]}: ${text.textContent}`;
       return part.dataset.seq ? part.textContent : names.join(", ");
     });
-    const line = onTheLine(target, 1, 0, encode(data));
+    const line = onTheLine(1, 0, encode(data));
     const frame = { words: words.filter(Boolean).join("\n"), data, ...line };
     show("↓ in", commas(what), [...kinds, first && "entry"].join(" "), frame);
   }
@@ -81,7 +80,7 @@
     const { id, ...rest } = JSON.parse(data), { hello, here, say } = rest;
     const [verb] = Object.keys(rest), seq = here ?? hello?.after;
     const what = commas([verb, id && `id ${short(id)}`, seq && `after ${short(seq)}`]);
-    const line = onTheLine(socket, 1, 1, encode(data));
+    const line = onTheLine(1, 1, encode(data));
     const row = [what, here ? "heartbeat" : verb, { words: say ?? hello?.name, data, ...line }];
     if (verb === "bye" || verb === "leave") thaw(); // or the others would wait for us
     if (on("wire-freeze") && verb !== "hello") {
@@ -106,22 +105,17 @@
       row.setAttribute("aria-current", Number(row.dataset.code) === code);
     const meaning = wire.querySelector("[aria-current=true] td")?.textContent ?? "not a code of this chat";
     const payload = [code >> 8, code & 255, ...encode(reason)]; // the code is its first two bytes
-    const line = wasClean ? onTheLine(target, 8, 0, payload) : {};
+    const line = wasClean ? onTheLine(8, 0, payload) : {};
     show("● line", `closed with ${code}: ${meaning}`, "", { words: reason, ...line });
-  }
-  function opened({ target, type }) {
-    show("● line", type === "open" ? "open: the server has said 101" : "open already");
-    const { extensions } = target, none = "none, so the bytes of a frame can be computed";
-    $("wire-extensions").textContent = extensions ? `${extensions}, so no bytes are shown` : none;
   }
   function watch(socket) {
     held = []; // lost with the old connection; chat.js says again what has had no echo
     press("wire-freeze", false);
     socket.send = (data) => outgoing(socket, data); // of this one only: the browser's own is as it was
-    socket.addEventListener("open", opened);
+    socket.addEventListener("open", () => show("● line", "open: the server has said 101"));
     socket.addEventListener("message", incoming);
     socket.addEventListener("close", closed);
-    if (socket.readyState === WebSocket.OPEN) return opened({ target: socket });
+    if (socket.readyState === WebSocket.OPEN) return show("● line", "open already");
     show("● line", "connecting");
     if (on("wire-plug")) socket.close(); // for the page, a try that has failed: 1006
   }

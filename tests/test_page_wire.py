@@ -251,22 +251,6 @@ async def test_the_length_of_a_frame_takes_the_bytes_it_needs(join, line, size):
     assert (await on_the_line(await rows_with(ann, f"{size} bytes")))[0].startswith(line)
 
 
-async def test_bytes_are_not_computed_where_an_extension_changes_them(join):
-    ann = await join("Ann")
-    await shows_the_wire(ann)
-    await shows(ann, "none", "#wire-extensions")
-    await ann.evaluate(
-        """chat.addEventListener("dial", ({ detail: socket }) =>
-            Object.defineProperty(socket, "extensions", { value: "permessage-deflate" }))"""
-    )
-    await ann.evaluate("redial()")
-    await shows(ann, "permessage-deflate", "#wire-extensions")
-    await writes(ann, "compressed")
-    row = await rows_with(ann, "↓ in", "compressed")
-    assert not await row.locator("summary").is_visible()
-    assert "bytes" in await row.inner_text()
-
-
 @settings(CHAT_BEAT="1")
 async def test_heartbeat_typing_and_presence_can_be_left_out(join):
     ann, bob = await join("Ann"), await join("Bob")
