@@ -108,6 +108,21 @@ async def largest(port: int, number: int, address: str) -> None:
     await say_again_and_again(await join(port, THEIRS[0], number, address), 0.5, LARGEST)
 
 
+async def largest_to_all(port: int, number: int, address: str) -> None:
+    """Say the largest messages in the room of those who are measured."""
+    await say_again_and_again(await join(port, "PARTY2", number, address), 0.5, LARGEST)
+
+
+async def trickle(port: int, number: int, address: str) -> None:
+    """Send a large frame byte by byte."""
+    peer = await join(port, THEIRS[number % len(THEIRS)], number, address)
+    reading = asyncio.create_task(peer.read_all())
+    peer.writer.write(struct.pack("!BBHI", 0x81, 0xFE, 16_000, 0))
+    while not (await asyncio.wait([reading], timeout=0.02))[0]:
+        peer.writer.write(b" ")
+    reading.result()
+
+
 async def pieces(port: int, number: int, address: str) -> None:
     """Say what becomes of 1,333 pieces of HTML, in many rooms."""
     peer = await join(port, THEIRS[number % len(THEIRS)], number, address)
@@ -246,12 +261,15 @@ ATTACKS = {
     "tiny frames": Attack(5, tiny_frames),
     "large frames": Attack(5, large_frames),
     "many marks": Attack(5, marks),
+    "trickle, 4 addresses": Attack(960, trickle, addresses(4)),
     "slow readers": Attack(100, slow_reader),
     "busy handler": Attack(5, busy_handler),
     "half-open": Attack(500, half_open),
+    "half-open, a pupil": Attack(500, half_open, newcomer="127.0.1.1"),
     "reconnect storm": Attack(50, storm),
     "largest message": Attack(250, largest),
     "largest, 3 addresses": Attack(250, largest, addresses(3)),
+    "largest, to all": Attack(240, largest_to_all),
     "`a` 666 times": Attack(250, pieces),
     "one id again": Attack(250, one_id),
     "wrong codes": Attack(20, guess, addresses(20)),
