@@ -98,7 +98,7 @@ SETTINGS = {  # in the environment, as in CHAT_MEMBERS=40: the default, and what
     "ORIGINS": ("", "other origins whose pages may connect, with commas between them"),
     "SECRET": ("", "signs the tokens, at least 16 characters; empty: a new one at each start"),
 }
-JOIN_DEADLINE = 10  # seconds to say hello; again, after an unusable name: as for any frame
+JOIN_DEADLINE = 10  # seconds to say hello; then, also after an unusable name, it is 2.5 BEAT
 GRACE_CLOSED = 5  # seconds to come back after closing the page: a reload is no leaving
 UNENTERED = 600  # seconds that a room waits for its first member
 ALPHABET = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # of room codes, which are read out: no 0 O 1 I L
@@ -198,12 +198,12 @@ class Outbox(asyncio.Queue):
 @dataclass(eq=False, slots=True)
 class Member:
     room: "Room"
-    id: str  # public, stands in every message; says nothing about the key or the token
+    id: str  # public, stands in every message; proves nothing, unlike the token and the key of join
     name: str
     address: str  # of its latest connection
     hue: int  # of its name, 0 to 15: the least used in its room
     allowance: Allowance  # kept when it comes back, or to do so would refill it
-    outbox: Outbox | None = None  # None while reconnecting
+    outbox: Outbox | None = None  # None while it is lost
     leaving: asyncio.TimerHandle | None = None  # set by lose: if it is back before, it never left
     posted: deque[int] = field(default_factory=lambda: deque(maxlen=IDS_REMEMBERED))  # hashed
 
@@ -337,7 +337,7 @@ def send(outbox: Outbox, frame: str) -> None:
     size = sys.getsizeof(frame)
     if outbox.bytes and outbox.bytes + size > limits["OUTBOX_BYTES"]:
         while not outbox.empty():
-            outbox.get_nowait()  # the next snapshot has the entries among it
+            outbox.get_nowait()  # the entries in these frames are in the next snapshot
         return hang_up(outbox, 1013, "You were too slow. Come back and resume.")
     outbox.bytes += size
     outbox.put_nowait(frame)
@@ -398,7 +398,7 @@ def close_if_empty(code: str, start: int) -> None:
 
 
 def enter(member: Member, outbox: Outbox, after: int) -> None:
-    """Connect a member, and give it what was said since the entry `after`; 0: all we remember.
+    """Connect a member, and give it what was said since the entry `after`; 0: all that we remember.
 
     To be given the snapshot and to become a receiver is one step: what has been handed out is in the
     snapshot, and what is pending comes with the next hand-out. With an await in here, an entry of that
@@ -646,8 +646,8 @@ def act(member: Member, frame: dict) -> None:
 
 def say(member: Member, id: str, text: str) -> None:
     """Post what a member says, once; or tell it that this had been posted, or why it cannot be."""
-    key = hash(id)  # smaller to remember
-    if key in member.posted:  # it is sent again, because the echo had not arrived
+    hashed = hash(id)  # smaller to remember
+    if hashed in member.posted:  # it is sent again, because the echo had not arrived
         mark = f'data-from="{member.id}" data-id="{id}"'  # as fragments.html writes it
         if mark not in member.room.pending:  # else the echo is still to come
             send(member.outbox, str(fragments.verdict(id, "confirmed", "")))
@@ -658,8 +658,8 @@ def say(member: Member, id: str, text: str) -> None:
         return send(member.outbox, str(fragments.verdict(id, "refused", why)))
     pieces = guards.PIECES.split(text, maxsplit=50)  # text, code or a link, text, and so on
     size = post(member.room, fragments.message, member=member, id=id, pieces=pieces)
-    member.allowance.spend(size // 1024)  # 16 KB of `&` become 80 for everybody
-    member.posted.append(key)
+    member.allowance.spend(size // 1024)  # 2 KB of `&` can become 80 for everybody
+    member.posted.append(hashed)
 
 
 # ── Who comes in ─────────────────────────────────────────────────────────────────────────────────
@@ -668,7 +668,7 @@ def say(member: Member, id: str, text: str) -> None:
 def join(code: str, raw_name: str, key: str, outbox: Outbox) -> None:
     """Let somebody new into a room, or say what is wrong with the name: there can be another hello.
 
-    Who says it again, because the welcome got lost, has the same key, and is the same member.
+    Whoever says it again with the same key, because the welcome got lost, is the same member.
     Close: as find_room and let_in.
     """
     try:
@@ -692,7 +692,7 @@ def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
     # Refused: a token of another room or, in this run, of an earlier room with this code.
     if of_code != code or (room and run == RUN and start != room.start):
         raise Close(4401, "This room does not know you any more.")
-    # After a restart a token opens its room again, and lets its member in without a word, for a grace.
+    # After a restart, for a grace, a token opens its room again, and lets in without a notice.
     # That counts from when the room was opened again or, if it is not yet, from when we first saw a
     # token of that run. Not from our start: where several processes share the rooms and the secret, a
     # proxy brings us those of one that has died.
@@ -712,8 +712,8 @@ def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
 def let_in(room: Room, id: str, name: str, outbox: Outbox, after=0, restarted=False) -> None:
     """Have a member enter that has not left, or else a new one.
 
-    Close: 4403 it has been removed, or the room is locked; 4503 that or the server is full, or too
-    many have joined. restarted: its token is from before a recent restart; it enters without a notice,
+    Close: 4403 it has been removed, or the room is locked; 4503 the room or the server is full, or
+    too many have joined. restarted: its token is from before a recent restart; it enters without a notice,
     locked or not.
     """
     if id in room.removed:
@@ -737,7 +737,7 @@ def let_in(room: Room, id: str, name: str, outbox: Outbox, after=0, restarted=Fa
     if not restarted:
         post(room, fragments.notice, name=name, what="joined")
     enter(Member(room, id, name, outbox.address, hue, outbox.allowance), outbox, after)
-    if len(room.members) > limits["MEMBERS"]:  # so some are lost: the first of them makes way
+    if len(room.members) > limits["MEMBERS"]:  # so some are lost: who would leave next does so now
         leave(min(lost, key=lambda member: member.leaving.when()), "left")
 
 
@@ -801,8 +801,8 @@ def charge(amount: int, limit: str, address: str, refusal: Close) -> None:
 def find_room(code: str, address: str) -> Room:
     """Return the room with this code. Close: 4404 no such room, 1008 after too many wrong codes.
 
-    Then for a right code, too: else whoever tries them all would still find the rooms. But not at an
-    address that has created the room, or that has a member in it.
+    After these a right code is refused, too, or whoever tries them all would still find the rooms;
+    but not at an address that has created the room, or that has a member in it.
     """
     room = rooms.get(code)
     if room and address in {room.creator, *(member.address for member in room.members.values())}:
@@ -817,7 +817,7 @@ def find_room(code: str, address: str) -> Room:
 def make_way(newest: Outbox) -> None:
     """Keep the number of connections bounded: one that has entered no room makes way for another.
 
-    That may be the newest itself. It gets 1013, or a member on its way back would give up.
+    That may be the newest itself. It is closed with 1013, or a member on its way back would give up.
     """
     mine = [outbox for outbox in outboxes if outbox.address == newest.address]
     for limit, candidates in (("SOCKETS_PER_ADDRESS", mine), ("SOCKETS", outboxes)):
@@ -905,7 +905,7 @@ async def room_page(code: str):
         return redirect(f"/r/{code.upper()}", 303)
     find_room(code, address_of(request))
     site = guards.site(request, limits["PROXIES"])
-    if ONLY_HERE.match(site):  # where for others their own machine would be
+    if ONLY_HERE.match(site):  # to others, `localhost` would be their own machine
         site = limits.get("NETWORK", site)  # as main has found it out, if we listen to all
     link = f"{site}/r/{code}"
     qr = segno.make(link, micro=False, mask=0)  # to find the best of the masks takes 6 ms
@@ -927,7 +927,7 @@ app.log_exception = lambda error: log.error("A request failed", exc_info=error)
 
 @app.errorhandler(HTTPException)
 async def error_page(error: HTTPException):
-    """Say on a page what went wrong; on a WebSocket a Close would be one."""
+    """Say on a page what went wrong; a Close, which ends a WebSocket, says it here, too."""
     status = {1008: 429, 4404: 404, 4503: 503}.get(error.code, error.code)
     typed = (request.view_args or {}).get("code", "")
     return await home(error.description, status, typed[:40])
@@ -945,7 +945,7 @@ async def run(listener: socket.socket) -> None:
     async def stopped() -> None:
         """Wait for the end; Hypercorn calls this when it listens, and stops when it returns."""
         with listener:  # Hypercorn has a copy, see below
-            listener.listen(1024)  # so many may wait, and not only config.backlog, as Hypercorn set
+            listener.listen(1024)  # so many may wait; Hypercorn has set config.backlog
         await stopping.wait()
         later(4, os._exit, 0)  # the last resort: a peer that never reads blocks a close
         for outbox in list(outboxes):
