@@ -29,8 +29,8 @@ The words:
     outbox   the frames that one connection still has to be sent; bounded, so that nobody waits for
              the slow
     hand out to put all that is pending in a room into the outboxes of its members
-    snapshot what a member is given when it enters: what was handed out, and is remembered, since
-             the entry that it has seen last. To come back and be given that is to resume
+    snapshot what a member is given when it enters: what was handed out since the entry that it has
+             seen last, as far as it is remembered. To come back and be given that is to resume
     token    signed proof of having been in a room; comes with the snapshot, is shown to come back
     evict    to hang up on a member that is too slow; it comes back by itself, and resumes
     turn     one frame or request of an address is worked on, while its others wait in line; the
@@ -398,7 +398,7 @@ def close_if_empty(code: str, start: int) -> None:
 
 
 def enter(member: Member, outbox: Outbox, after: int) -> None:
-    """Connect a member, and give it what was said since the entry `after`; 0: all that we remember.
+    """Connect a member, and give it what was said since the entry `after`, or, if it is new, all.
 
     To be given the snapshot and to become a receiver is one step: what has been handed out is in the
     snapshot, and what is pending comes with the next hand-out. With an await in here, an entry of that
@@ -417,14 +417,14 @@ def enter(member: Member, outbox: Outbox, after: int) -> None:
 
 
 def snapshot(member: Member, after: int) -> list[str]:
-    """Return a welcome, and what was handed out after this entry; if that is forgotten, or was in
-    another run, a line that says so, and what was said since."""
+    """Return a welcome, and what was handed out after this entry (0: whoever asks is new). If that is
+    forgotten, or was in another run, a line says so, and all that is remembered follows."""
     room = member.room
     token = signer.dumps([room.code, room.start, RUN, member.id, member.name])
     # The history drops old messages when new ones are posted, handed out or not, so `forgotten` can be
-    # ahead of `handed_out`. After the lesser of them no message is missing: if 101 to 320 are pending,
-    # and the history has 121 to 320, then `forgotten` is 120 and `handed_out` is 100, and whoever has
-    # seen 100 has missed nothing.
+    # ahead of `handed_out`. After the lesser of them no message is missing. If 101 to 320 are pending,
+    # and the history has 121 to 320, then `forgotten` is 120 and `handed_out` is 100: whoever has seen
+    # 100 misses nothing, as 101 to 120 are pending still.
     complete = min(room.forgotten, room.handed_out)
     parts = [str(fragments.welcome(member, token, complete))]
     if not complete <= after <= room.handed_out:  # new, away too long, or not of this room
@@ -713,8 +713,8 @@ def let_in(room: Room, id: str, name: str, outbox: Outbox, after=0, restarted=Fa
     """Have a member enter that has not left, or else a new one.
 
     Close: 4403 it has been removed, or the room is locked; 4503 the room or the server is full, or
-    too many have joined. restarted: its token is from before a recent restart; it enters without a notice,
-    locked or not.
+    too many have joined. restarted: its token is from before a recent restart; then it enters
+    without a notice, locked or not.
     """
     if id in room.removed:
         raise Close(4403, REMOVED)
