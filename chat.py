@@ -30,11 +30,12 @@ The words:
              the slow
     hand out to put all that is pending in a room into the outboxes of its members
     snapshot what a member is given when it enters: what was handed out since the entry that it has
-             seen last, as far as it is remembered. To come back and be given that is to resume
+             seen last (new: all), as far as it is remembered. To come back to that is to resume
     token    signed proof of having been in a room; comes with the snapshot, is shown to come back
     evict    to hang up on a member that is too slow; it comes back by itself, and resumes
-    turn     one frame or request of an address is worked on, while its others wait in line; the
-             address pays for the time that it takes
+    echo     a member's own message, as it comes back to it like to all others
+    turn     of each address one frame or request at a time is worked on, and the others wait in
+             line; the address pays for the time that it takes
 """
 
 import argparse
@@ -79,7 +80,7 @@ except ImportError as missing:  # a package, or in a package something that guar
 SETTINGS = {  # in the environment, as in CHAT_MEMBERS=40: the default, and what it limits
     "MESSAGE_LENGTH": (2_000, "characters of a message"),
     "RATE": (2.0, "frames a second of one member; more are read later"),
-    "BURST": (20, "frames at once; each KiB of one, and of what becomes of it, counts as one more"),
+    "BURST": (20, "frames at once; each KiB of one, and of the HTML made of it, counts as one"),
     "SHARE": (0.25, "share of the server's time that one address may take; then it waits"),
     "MEMBERS": (250, "members of a room"),
     "SOCKETS": (2_000, "connections in all"),
@@ -98,7 +99,7 @@ SETTINGS = {  # in the environment, as in CHAT_MEMBERS=40: the default, and what
     "ORIGINS": ("", "other origins whose pages may connect, with commas between them"),
     "SECRET": ("", "signs the tokens, at least 16 characters; empty: a new one at each start"),
 }
-JOIN_DEADLINE = 10  # seconds to say hello; then, also after an unusable name, it is 2.5 BEAT
+JOIN_DEADLINE = 10  # seconds to say hello; for each frame after the first it is 2.5 BEAT
 GRACE_CLOSED = 5  # seconds to come back after closing the page: a reload is no leaving
 UNENTERED = 600  # seconds that a room waits for its first member
 ALPHABET = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # of room codes, which are read out: no 0 O 1 I L
@@ -186,8 +187,8 @@ class Outbox(asyncio.Queue):
         self.address = address
         self.member: Member | None = None  # set by enter
         self.bytes = 0  # of the frames that wait, without a snapshot's
-        # A token bucket for frames from the browser; when it has entered, its member's. A frame that
-        # costs more than is left has to wait until that is paid.
+        # How many frames the browser may send; when it has entered, its member's. A frame that costs
+        # more than is left has to wait until that is paid.
         self.allowance = Allowance(limits["RATE"], limits["BURST"])
         self.deadline = time.monotonic() + JOIN_DEADLINE  # for a hello, then for each next frame
         self.next_beat = later(min(limits["BEAT"], JOIN_DEADLINE), beat, self)
@@ -198,11 +199,11 @@ class Outbox(asyncio.Queue):
 @dataclass(eq=False, slots=True)
 class Member:
     room: "Room"
-    id: str  # public, stands in every message; proves nothing, unlike the token and the key of join
+    id: str  # public, stands in every message; unlike a token, or the key in a hello, no proof
     name: str
     address: str  # of its latest connection
     hue: int  # of its name, 0 to 15: the least used in its room
-    allowance: Allowance  # kept when it comes back, or to do so would refill it
+    allowance: Allowance  # kept when it comes back: else coming back would refill it
     outbox: Outbox | None = None  # None while it is lost
     leaving: asyncio.TimerHandle | None = None  # set by lose: if it is back before, it never left
     posted: deque[int] = field(default_factory=lambda: deque(maxlen=IDS_REMEMBERED))  # hashed
@@ -226,7 +227,7 @@ class Room:
         default_factory=lambda: deque(maxlen=NOTICES_REMEMBERED)
     )
     pending: str = ""  # the next frame: fragments that are in no outbox yet
-    delivering: bool = False  # whether the frame before has not reached all outboxes yet
+    delivering: bool = False  # whether the frame before is still on its way to some outboxes
     rests_until: float = 0.0  # as time.monotonic says it; then hand_out, if something is pending
     presence: asyncio.TimerHandle | None = None  # set if the list of members has changed
     locked: bool = False
@@ -250,7 +251,7 @@ fragments = app.jinja_env.overlay(enable_async=False).get_template("fragments.ht
 
 
 def later(seconds: float, call, *arguments) -> asyncio.TimerHandle:
-    """Set a timer. In a context of its own, or it would keep the request alive that has set it."""
+    """Set a timer. In an empty context, or it would keep alive the request in which it is set."""
     return asyncio.get_running_loop().call_later(seconds, call, *arguments, context=Context())
 
 
@@ -330,14 +331,14 @@ def send(outbox: Outbox, frame: str) -> None:
     """Put a frame into an outbox; if that is full, evict its member rather than wait.
 
     Waiting would make the room as slow as its slowest member, and without a bound one dead phone
-    would eat the memory. Where nothing waits, any frame goes in, or a large one never could.
+    would eat the memory. Into an empty outbox any frame goes: else a large one never could.
     """
     if outbox.end:
         return  # nothing follows it
     size = sys.getsizeof(frame)
     if outbox.bytes and outbox.bytes + size > limits["OUTBOX_BYTES"]:
         while not outbox.empty():
-            outbox.get_nowait()  # the entries in these frames are in the next snapshot
+            outbox.get_nowait()  # the next snapshot begins before these
         return hang_up(outbox, 1013, "You were too slow. Come back and resume.")
     outbox.bytes += size
     outbox.put_nowait(frame)
@@ -391,7 +392,7 @@ def create_room(code: str, address: str = "") -> Room:
 
 
 def close_if_empty(code: str, start: int) -> None:
-    """Forget a room if nobody is in it, any more or in time. Its timers still fire, to no effect."""
+    """Forget a room that all have left, or nobody has entered. Its timers fire to no effect."""
     room = rooms.get(code)
     if room and room.start == start and not room.members:
         del rooms[code]
@@ -436,7 +437,7 @@ def snapshot(member: Member, after: int) -> list[str]:
 
 
 def lose(outbox: Outbox) -> None:
-    """Note that a connection ends: its member leaves, unless it is back within a grace, perhaps 0."""
+    """Let go of a connection that ends: its member leaves, if it is not back within its grace."""
     member = outbox.member
     if not member or member.outbox is not outbox:
         return  # never joined, is lost already, or has another connection by now
@@ -509,7 +510,7 @@ async def connection(code: str):
 async def relay(outbox: Outbox, ws) -> None:
     """Carry frames from the outbox to the socket, until there is a Close: end the connection with it.
 
-    Without a Close the code would be 1000, and nobody would come back.
+    If it just returned, the code would be 1000, and no page would come back.
     """
     while True:
         match await outbox.get():
@@ -548,7 +549,7 @@ def beat(outbox: Outbox) -> None:
     left = outbox.deadline - time.monotonic()
     if left <= 0:
         return hang_up(outbox, 1013, "We have waited for you for too long. Come back.")
-    # By chance a little earlier, or those who have come together would answer together for ever.
+    # At random a little earlier, or those who have come together would answer together for ever.
     pause = limits["BEAT"] * random.uniform(0.8, 1)
     outbox.next_beat = later(min(pause, left), beat, outbox)
     send(outbox, str(fragments.beat()))
@@ -582,7 +583,7 @@ async def receive(code: str, outbox: Outbox, ws) -> None:
 
 
 def parse(raw, allowance: Allowance) -> dict:
-    """Return a frame, an object with one verb, perhaps with an id; else Close 1008 or 1009."""
+    """Return a frame: one verb, as in {"say": …}, perhaps with an id; else Close 1008 or 1009."""
     if not isinstance(raw, str):
         raise Close(1008, "A frame has to be text.")
     size = len(raw.encode())
@@ -668,7 +669,7 @@ def say(member: Member, id: str, text: str) -> None:
 def join(code: str, raw_name: str, key: str, outbox: Outbox) -> None:
     """Let somebody new into a room, or say what is wrong with the name: there can be another hello.
 
-    Whoever says it again with the same key, because the welcome got lost, is the same member.
+    Whoever says hello again with the same key, because the welcome got lost, is the same member.
     Close: as find_room and let_in.
     """
     try:
@@ -693,8 +694,8 @@ def come_back(code: str, token: str, after: int, outbox: Outbox) -> None:
     if of_code != code or (room and run == RUN and start != room.start):
         raise Close(4401, "This room does not know you any more.")
     # After a restart, for a grace, a token opens its room again, and lets in without a notice.
-    # That counts from when the room was opened again or, if it is not yet, from when we first saw a
-    # token of that run. Not from our start: where several processes share the rooms and the secret, a
+    # The grace counts from when the room was opened again or, if it is not yet, from when we first saw
+    # a token of that run. Not from our start: where each of several processes has some of the rooms, a
     # proxy brings us those of one that has died.
     now = time.time()
     since = room.start / 1000 if room else runs_seen.setdefault(run, now)
@@ -726,7 +727,7 @@ def let_in(room: Room, id: str, name: str, outbox: Outbox, after=0, restarted=Fa
     lost = [member for member in others if not member.outbox]
     if len(others) - len(lost) >= limits["MEMBERS"]:
         raise Close(4503, "This room is full.")
-    # Lost ones count, too: else a thousand times a hello and no more would fill the server.
+    # Lost ones count, too: else to say hello and hang up, again and again, would fill the server.
     if sum(len(each.members) for each in rooms.values()) >= 2 * limits["SOCKETS"]:
         raise Close(4503, "This server is full. Try again later.")
     why = "Too many have joined from your network. Try again in a few minutes."
@@ -763,8 +764,8 @@ async def turn(address: str, room: Room | None = None) -> AsyncIterator[Allowanc
     """Wait until an address may keep us busy; then measure and charge for how long it does.
 
     What comes from one address, by WebSocket and HTTP, waits in line, and what has taken long lets
-    others go first. It also waits while too much is pending in the room that it is for. What is done
-    in a turn never has to wait, even where it says await, so the time is this address's alone.
+    others go first. A frame also waits while too much is pending in its room. What is done in a turn
+    never has to wait, even where it says await, so the time is this address's alone.
     """
     share, line = share_of(address)
     while True:
@@ -801,8 +802,8 @@ def charge(amount: int, limit: str, address: str, refusal: Close) -> None:
 def find_room(code: str, address: str) -> Room:
     """Return the room with this code. Close: 4404 no such room, 1008 after too many wrong codes.
 
-    After these a right code is refused, too, or whoever tries them all would still find the rooms;
-    but not at an address that has created the room, or that has a member in it.
+    Then right codes are refused, too: else trying them all would still find rooms. But not at an
+    address that has created the room, or that has a member in it.
     """
     room = rooms.get(code)
     if room and address in {room.creator, *(member.address for member in room.members.values())}:
@@ -817,7 +818,7 @@ def find_room(code: str, address: str) -> Room:
 def make_way(newest: Outbox) -> None:
     """Keep the number of connections bounded: one that has entered no room makes way for another.
 
-    That may be the newest itself. It is closed with 1013, or a member on its way back would give up.
+    That may be the newest itself. With 1013, so that a member on its way back tries again.
     """
     mine = [outbox for outbox in outboxes if outbox.address == newest.address]
     for limit, candidates in (("SOCKETS_PER_ADDRESS", mine), ("SOCKETS", outboxes)):
@@ -856,8 +857,8 @@ app.jinja_env.globals["close_codes"] = CLOSE_CODES
 async def refuse_other_sites():
     """Refuse what another site's page asks for, unless a person has followed a link there.
 
-    An image on a foreign page is not a visitor who guesses codes, so this is before any is counted.
-    Browsers tell by HTTPS and to localhost, but not by plain HTTP in a local network.
+    An image on a foreign page is not a visitor who guesses codes: this comes before they are counted.
+    Browsers send these headers by HTTPS and to localhost, but not by plain HTTP in a local network.
     """
     followed = request.method == "GET" and request.headers.get("Sec-Fetch-Dest") == "document"
     if request.headers.get("Sec-Fetch-Site") == "cross-site" and not followed:
@@ -892,7 +893,7 @@ async def join_page():
 
 @app.post("/r/<code>")
 async def create(code: str):
-    """Open the room of the path, where the home page has put a code: proxies choose a process by it."""
+    """Open the room of the path, made up by the home page: a proxy can choose a process by that."""
     if not is_code(code):
         return await home("That is not a code. Create a room to get one.", 409)
     create_room(code, address_of(request))
@@ -945,13 +946,13 @@ async def run(listener: socket.socket) -> None:
     async def stopped() -> None:
         """Wait for the end; Hypercorn calls this when it listens, and stops when it returns."""
         with listener:  # Hypercorn has a copy, see below
-            listener.listen(1024)  # so many may wait; Hypercorn has set config.backlog
+            listener.listen(1024)  # so many may wait; Hypercorn had set 4, see config.backlog
         await stopping.wait()
         later(4, os._exit, 0)  # the last resort: a peer that never reads blocks a close
         for outbox in list(outboxes):
             hang_up(outbox, 1012, RESTART)
 
-    # One peer may have so many connections; a proxy is no stranger, and has limits of its own.
+    # So many connections one peer may have; a proxy is no stranger, and has limits of its own.
     guards.install(app, math.inf if limits["PROXIES"] else 2 * limits["SOCKETS_PER_ADDRESS"])
     config = Config()
     config.bind = [f"fd://{listener.dup().detach()}"]
