@@ -1,5 +1,7 @@
-"""What guards.py makes of names, texts and addresses that deceive: tables, without a server."""
+"""What guards.py makes of names, texts and addresses that deceive, and what bounds the memory."""
 
+import gc
+import gzip
 from types import SimpleNamespace
 from unicodedata import normalize
 
@@ -9,6 +11,7 @@ from hypercorn.protocol.events import Data
 from quart import Quart, request
 from wsproto.connection import Connection, ConnectionType
 
+import chat
 import guards
 
 
@@ -108,3 +111,29 @@ async def test_what_comes_in_a_trickle_is_counted_and_what_comes_in_large_parts_
     for _ in range(40):
         await stream.handle(Data(1, b"x" * size))
     assert round(100 - stream.unseen.left()) == counted
+
+
+async def test_what_waits_for_a_timer_does_not_keep_its_request():
+    def requests() -> int:
+        gc.collect()
+        return sum(isinstance(each, chat.Quart.request_class) for each in gc.get_objects())
+
+    before = requests()
+    await chat.app.test_client().post("/r/KWR4TN")
+    assert requests() == before
+
+
+async def test_limits_are_forgotten_and_never_fill_the_memory():
+    for number in range(40_000):
+        assert chat.quota("WRONG_CODES", f"192.0.2.{number}").left()
+        assert chat.share_of(f"192.0.2.{number}")
+    assert chat.quota.cache_info().currsize == 30_000
+    assert chat.share_of.cache_info().currsize == 10_000
+
+
+async def test_static_files_are_sent_packed_to_who_can_unpack_them():
+    answer = await chat.app.test_client().get(
+        "/static/chat.css", headers={"Accept-Encoding": "br, gzip"}
+    )
+    assert answer.headers["Content-Encoding"] == "gzip"
+    assert gzip.decompress(await answer.get_data()) == chat.files["chat.css"].body
