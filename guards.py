@@ -261,6 +261,8 @@ class Server(tcp_server.TCPServer):
             idle = next((each for each in mine if not each.protocol.protocol.stream), self)
             del self.peers[idle]
             idle.writer.transport.abort()
+            if idle is self:
+                return
         try:
             with suppress(OSError):  # which its _close raises, in place of what has ended it
                 await super().run()
@@ -289,6 +291,7 @@ class Requests(h11.Connection):
             host = headers.get(b"host", b"")
             fine = (
                 event.target.startswith(b"/")  # HTTP/2 begins with `*`
+                and len(event.target) < 2_000  # to take a longer one apart is not charged for
                 and len(host) < 64  # it is drawn as a QR code
                 and all(host.split(b".")[:-1])
                 and headers.get(b"content-length", b"0") == b"0"

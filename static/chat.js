@@ -164,7 +164,7 @@ function welcome({ member, token, after }) {
   state("connected");
   if (!entered && tries) tell("Connected again.");
   const lostFocus = [document.body, $("retry")].includes(document.activeElement);
-  if (entered || (KEYBOARD && lostFocus)) text.focus();
+  if (entered || (KEYBOARD && lostFocus)) text.focus(); // lost by a reload, or by Try now
   tries = 0;
   showUnsent(); // anew, and so is the patience with which page.js waits for the echo
 }

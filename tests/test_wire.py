@@ -82,7 +82,9 @@ async def test_a_host_is_no_way_to_draw_huge_qr_codes(standing):
         writer.close()
 
 
-@pytest.mark.parametrize("request_line", ["GET nowhere HTTP/1.1", "GET / FTP/9", "\x00"])
+@pytest.mark.parametrize(
+    "request_line", ["GET nowhere HTTP/1.1", "GET / FTP/9", "\x00", f"GET /{'x' * 2_000} HTTP/1.1"]
+)
 async def test_even_what_never_reaches_us_has_the_headers(standing, request_line):
     answer = await http(standing, request_line)
     assert answer.startswith("HTTP/1.1 400")
