@@ -265,7 +265,7 @@ ATTACKS = {
     "slow readers": Attack(100, slow_reader),
     "busy handler": Attack(5, busy_handler),
     "half-open": Attack(500, half_open),
-    "half-open, a pupil": Attack(500, half_open, newcomer="127.0.1.1"),
+    "half-open, a pupil": Attack(600, half_open, newcomer="127.0.1.1"),
     "reconnect storm": Attack(50, storm),
     "largest message": Attack(250, largest),
     "largest, 3 addresses": Attack(250, largest, addresses(3)),
