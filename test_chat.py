@@ -429,6 +429,13 @@ async def test_the_longest_message_is_counted_after_nfc(join):
     await ann.hears(f">{'é' * 2_000}</div>")
 
 
+async def test_a_message_costs_what_becomes_of_it(join):
+    ann = await join("Ann")
+    await ann.says("http://" + "&" * 1_900)  # 2 KB, and 19 KB of HTML
+    await ann.hears("</div></li>")
+    assert chat.rooms["PARTY2"].members[ann.id].allowance.left() < limits["BURST"] - 19
+
+
 async def test_after_many_pieces_the_rest_is_text(join):
     ann = await join("Ann")
     await ann.says("`a`" * 660)
