@@ -150,7 +150,7 @@ class Chat(Quart):
 
 app = Chat(__name__, static_folder=None)
 app.url_map.merge_slashes = False  # or `//` would be answered with a redirect to any Host
-app.url_map.strict_slashes = False
+app.url_map.strict_slashes = False  # a link to a room may end with one
 limits = {}  # the settings as they are (and NETWORK, see main)
 
 for name, (default, _) in SETTINGS.items():

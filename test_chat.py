@@ -140,7 +140,8 @@ async def test_creating_a_room_leads_to_it(client):
     action = re.search(r'action="(/r/[2-9A-HJKMNP-Z]{6})"', page)[1]
     created = await client.post(action)
     assert (created.status_code, created.location) == (303, action)
-    assert (await client.get(action)).status_code == 200
+    for address in (action, action + "/"):
+        assert (await client.get(address)).status_code == 200
 
 
 async def test_every_home_page_offers_another_code(client):

@@ -3,8 +3,10 @@
 "use strict";
 
 // A double click is one click: the second would hit what lies below a dialog that the first has closed.
-const once = (event) => event.detail > 1 && (event.preventDefault(), event.stopImmediatePropagation());
-addEventListener("click", once, { capture: true });
+addEventListener("click", (event) => {
+  if (event.detail > 1) event.preventDefault();
+  if (event.detail > 1) event.stopImmediatePropagation();
+}, { capture: true });
 
 // ── Writing ──
 
